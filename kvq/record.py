@@ -1,0 +1,69 @@
+"""Recording keys, values, queries and their gradients on calibration text, through the same attention interface as the cache.
+
+A recording layer hands out handles like a quantized one; the attention function calls `attend`, which notes what passes and returns
+it unchanged. So the statistics are those of the tensors that a codec will see, on any model the cache can serve.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING
+
+from kvq.cache import Handle, QuantizedLayer, layer_kinds
+from kvq.rope import Rope
+
+
+class RecordingLayer(QuantizedLayer):
+    """Keeps the last keys, values and queries (after RoPE) and, if asked, hooks their gradients."""
+
+    def __init__(self, groups: tuple[int | None, int | None], rope: Rope | None, index: int):
+        super().__init__(_Nothing(), _Nothing(), sink=0, window=0, prefill="quantized", memo=False, rope=rope, index=index)
+        self.groups, self.grads = groups, [None, None]
+
+    def attend(self, query: Tensor, mask: Tensor | None, position_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+        key, value = self._pending
+        self._pending = None
+        self.seen = (key.detach(), value.detach(), query.detach())
+        self.positions = position_ids.expand(key.shape[0], -1)
+        for which, (x, group) in enumerate(zip((key, value), self.groups)):
+            if group:
+                x.register_hook(lambda grad, which=which, group=group: self._note(which, group, grad))
+        return key, value
+
+    def _note(self, which: int, group: int, grad: Tensor) -> None:
+        """Squared gradient per token and group of channels, heads concatenated: [B * T, H * D // group]."""
+        if which == 0 and self.rope is not None and group < grad.shape[-1]:
+            grad = self.rope.unrotate(grad, self.positions, self.index) * self.rope.scaling(self.index) ** 2
+        squared = grad.float().pow(2).transpose(1, 2).flatten(2)
+        self.grads[which] = squared.unflatten(-1, (-1, group)).sum(-1).flatten(0, 1).cpu()
+
+
+class _Nothing(nn.Module):
+    block, space, bits, grad_group = 1, "post", 0.0, None
+
+
+def record(model, samples: list[Tensor], layers: range, groups, rope: Rope | None, batch_size: int = 1) -> Iterator[list[RecordingLayer]]:
+    """One forward (and one backward of the mean next-token loss, if any group is set) per batch of samples [T].
+
+    Yields the recording layers of `layers` after each batch. groups: (key, value) gradient group per layer index.
+    """
+    kinds = layer_kinds(model.config)
+    needs_grad = any(g for layer in layers for g in groups[layer])
+    for start in range(0, len(samples), batch_size):
+        ids = torch.stack(samples[start : start + batch_size]).to(model.device)
+        slots = []
+        for index, (kind, kwargs) in enumerate(kinds):
+            if kind == "full_attention":
+                slots.append(RecordingLayer(groups[index] if index in layers else (None, None), rope, index))
+            else:
+                slots.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**kwargs))
+        positions = torch.arange(ids.shape[1], device=ids.device).expand(len(ids), -1)
+        with torch.set_grad_enabled(needs_grad):
+            embeds = model.get_input_embeddings()(ids).detach().requires_grad_(needs_grad)
+            logits = model(inputs_embeds=embeds, position_ids=positions, past_key_values=Cache(layers=slots)).logits
+            if needs_grad:
+                loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+                torch.autograd.grad(loss, embeds)
+        yield [slots[index] for index in layers if isinstance(slots[index], RecordingLayer)]
