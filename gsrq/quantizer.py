@@ -1,0 +1,196 @@
+"""GSRQ (arXiv 2607.01065): pieces x residual stages of gain-shape codebooks over the concatenated KV heads of a token.
+
+Stored bits per value = stages * log2(entries) / piece; codebooks are [pieces, stages, entries, piece] in fp16, per layer and per K/V.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from gsrq.gskm import gskm
+from gsrq.weights import KINDS, weigh
+from kernels import bitpack, rvq
+from kernels.kmeans import Clustering, nearest
+
+PIECE = 128  # one head of the paper's models
+LONG_PIECE = {0.375: 256}  # the paper's sub-half-bit point: two neighbouring heads, 12 stages
+GRAD_GROUP = 8  # divides every head dimension in use; gradients are summed to pieces in `gsrq.weights`
+
+
+class GSRQ(nn.Module):
+    """Gain-shape residual quantizer for one layer's keys or values, [B, H, T, D].
+
+    bits: stored bits per value. piece, stages: dimension D of a piece and residual stages R; chosen from `bits` when None
+    (D = 128, R = 16 * bits at 256 entries; .375 bit: D = 256, R = 12, as in the paper). If all heads together are narrower than a
+    piece, the piece is the whole width, with stages for the same bits. entries: K, a power of two.
+    cluster: the clustering primitive, called as cluster(x [M, N, D], entries, weights [M, N] or None, generator=...).
+    weights: log, raw or none (log and raw need gradients); tau: strength of the log weights. beam: partial sums kept while encoding.
+    space: whether keys are coded before ("pre") or after ("post") RoPE. Raises ValueError with the valid choices.
+    After :meth:`fit`, `log` holds one dict per stage (rounds, re-seeded entries, relative error, occupancy entropy, per piece).
+    """
+
+    block = 1
+
+    def __init__(
+        self,
+        bits: float,
+        *,
+        piece: int | None = None,
+        stages: int | None = None,
+        entries: int = 256,
+        cluster: Callable[..., Clustering] = gskm,
+        weights: str = "none",
+        tau: float = 1.0,
+        beam: int = 1,
+        space: str = "pre",
+        seed: int = 0,
+    ):
+        super().__init__()
+        if entries < 2 or entries > 65536 or entries & (entries - 1):
+            raise ValueError(f"entries={entries} must be a power of two from 2 to 65536, so that a code takes whole bits.")
+        if weights not in KINDS:
+            raise ValueError(f"weights={weights!r} is unknown; choose log, raw or none.")
+        if not 1 <= beam <= 64:
+            raise ValueError(f"beam={beam} must be an integer from 1 (greedy) to 64.")
+        if space not in ("pre", "post"):
+            raise ValueError(f"space={space!r} is unknown; choose pre or post.")
+        if tau <= 0:
+            raise ValueError(f"tau={tau} must be positive.")
+        self.code_bits = entries.bit_length() - 1
+        self.piece, self.stages = _shape(float(bits), piece, stages, self.code_bits)
+        self.nominal, self.entries, self.cluster, self.weights, self.tau = float(bits), entries, cluster, weights, tau
+        self.beam, self.space, self.seed = beam, space, seed
+        self.grad_group = None if weights == "none" else math.gcd(GRAD_GROUP, self.piece)
+        self.log: list[dict[str, list[float]]] = []
+        self.register_buffer("codebooks", None)  # [M, R, K, D] fp16, in units of `scale`
+        self.register_buffer("scale", None)  # [] float32, a power of two
+        self.register_buffer("heads", None)  # [] int32
+
+    @property
+    def bits(self) -> float:
+        """Stored bits per value: packed codes of a token over its values; valid after :meth:`fit`."""
+        pieces, stages, _, width = self.codebooks.shape
+        return 8 * bitpack.packed_bytes(pieces * stages, self.code_bits) / (pieces * width)
+
+    def check(self, heads: int, head_dim: int) -> tuple[int, int]:
+        """Piece and stages used for this shape; raises ValueError, naming what would work, if the budget cannot be met."""
+        width = heads * head_dim
+        if self.grad_group and width % self.grad_group:
+            raise ValueError(f"{heads} heads of {head_dim} are not a multiple of {self.grad_group}, which gradient weights need; use weights='none'.")
+        if width % self.piece == 0:
+            return self.piece, self.stages
+        if width > self.piece:
+            fits = [p for p in range(8, width + 1) if width % p == 0 and (self.nominal * p / self.code_bits).is_integer()]
+            raise ValueError(f"{heads} heads of {head_dim} do not divide into pieces of {self.piece}; for {self.nominal} bits, piece can be one of {fits}.")
+        stages = self.nominal * width / self.code_bits
+        if not stages.is_integer():
+            choices = ", ".join(f"{r * self.code_bits / width:g}" for r in range(1, 8 * width // self.code_bits + 1))
+            raise ValueError(f"{heads} heads of {head_dim} with {self.entries} entries cannot be coded at {self.nominal} bits; reachable are {choices}.")
+        return width, int(stages)
+
+    @torch.no_grad()
+    def fit(self, calibration) -> "GSRQ":
+        """Learn all stages in order, each on the residual that the stored fp16 entries of the earlier ones leave, with the same weights.
+
+        calibration.x [H, N, D] float32; calibration.grads if the weights need them. Raises ValueError for non-finite values or N < K.
+        """
+        heads, n, head_dim = calibration.x.shape
+        piece, stages = self.check(heads, head_dim)
+        x = calibration.x.float()
+        _finite(x, "calibration vectors")
+        if n < self.entries:
+            raise ValueError(f"{self.entries} entries need at least {self.entries} calibration vectors, got {n}.")
+        self.scale = _power_of_two(x.square().mean().sqrt())
+        self.heads = torch.tensor(heads, dtype=torch.int32, device=x.device)
+        rest = _cut((x / self.scale)[None], piece)
+        weights = weigh(calibration.grads, rest.shape[0], self.weights, self.tau) if self.weights != "none" else None
+        if weights is not None:
+            weights = weights.to(x.device)
+        # One stream of draws per (layer, key or value), so that codecs of one seed do not share their starts.
+        generator = torch.Generator().manual_seed((self.seed * 4096 + calibration.layer) * 2 + (calibration.kind == "value"))
+        energy = rest.square().sum((1, 2))
+        self.log, books = [], []
+        for _ in range(stages):
+            found = self.cluster(rest, self.entries, weights, generator=generator)
+            books.append(found.entries.half())
+            table = books[-1].float()
+            labels, _ = nearest(rest, table)
+            rest -= rvq.rows_of(table, labels)
+            self.log.append(
+                {
+                    "rounds": [len(path) - 1 for path in found.objective],
+                    "reseeded": found.reseeded,
+                    "error": (rest.square().sum((1, 2)) / energy.clamp_min(1e-30)).tolist(),
+                    "entropy": [_entropy(row, self.entries) for row in labels],
+                }
+            )
+        self.codebooks = torch.stack(books, 1)
+        return self
+
+    @torch.no_grad()
+    def encode(self, x: Tensor) -> dict[str, Tensor]:
+        """Codes {"codes": uint8 [B, 1, T, pieces * stages * log2(entries) / 8]} of x [B, H, T, D]; raises ValueError if x is not finite."""
+        _finite(x, "vectors to encode")
+        codes = rvq.encode(_cut(x.float() / self.scale, self.codebooks.shape[-1]), self.codebooks, self.beam)  # [M, B*T, R]
+        codes = codes.transpose(0, 1).reshape(x.shape[0], 1, x.shape[2], -1)  # piece-major, stages inside
+        return {"codes": bitpack.pack(codes, self.code_bits)}
+
+    @torch.no_grad()
+    def decode(self, codes: dict[str, Tensor]) -> Tensor:
+        """Sum of the coded entries, float32 [B, H, T, D]."""
+        pieces, stages, _, piece = self.codebooks.shape
+        packed = codes["codes"]
+        batch, _, time, _ = packed.shape
+        index = bitpack.unpack(packed, self.code_bits, pieces * stages).view(batch * time, pieces, stages)
+        x = rvq.decode(index.transpose(0, 1), self.codebooks) * self.scale  # [M, B*T, D]
+        return x.transpose(0, 1).reshape(batch, time, -1, pieces * piece // int(self.heads)).transpose(1, 2)
+
+
+def _shape(bits: float, piece: int | None, stages: int | None, code_bits: int) -> tuple[int, int]:
+    if not 0 < bits <= 8:
+        raise ValueError(f"bits={bits:g} must be above 0 and at most 8.")
+    if piece is None and stages is not None:
+        whole = stages * code_bits / bits
+        if not math.isclose(whole, round(whole)):
+            raise ValueError(f"bits={bits:g} with stages={stages} would need pieces of {whole:g} values; stages * {code_bits} / bits must be whole.")
+        return round(whole), stages
+    piece = LONG_PIECE.get(bits, PIECE) if piece is None else piece
+    if piece < 1:
+        raise ValueError(f"piece={piece} must be at least 1.")
+    exact = bits * piece / code_bits
+    if not exact.is_integer() or exact < 1:
+        step = code_bits / piece
+        near = [f"{step * r:g}" for r in (math.floor(exact), math.ceil(exact)) if r]
+        paper = ", or 0.375, 0.5, 0.75, 1, 2, 4 as in the paper" if (code_bits, piece) == (8, PIECE) else ""
+        raise ValueError(
+            f"bits={bits:g} is not reachable: with {2**code_bits} entries and pieces of {piece} it must be a multiple of {step:g}"
+            f" (nearest: {' and '.join(near)}){paper}."
+        )
+    if stages is not None and stages != exact:
+        raise ValueError(f"piece={piece} with stages={stages} is {stages * code_bits / piece:g} bits, but bits={bits:g} asks for {int(exact)} stages.")
+    return piece, int(exact)
+
+
+def _cut(x: Tensor, piece: int) -> Tensor:
+    # [B, H, T, D] -> [M, B*T, piece]: heads of a token side by side, then contiguous channels
+    batch, heads, time, width = x.shape
+    return x.transpose(1, 2).reshape(batch * time, -1, piece).transpose(0, 1).contiguous()
+
+
+def _finite(x: Tensor, what: str) -> None:
+    if not bool(torch.isfinite(x).all()):
+        axis = 2 if x.dim() == 4 else 1
+        token = int((~torch.isfinite(x)).movedim(axis, 0).flatten(1).any(1).nonzero()[0])
+        raise ValueError(f"The {what} are not finite, first at token {token} of {x.shape[axis]}.")
+
+
+def _power_of_two(size: Tensor) -> Tensor:
+    # fp16 entries neither overflow nor lose digits whatever the units of x, and dividing by a power of two is exact.
+    return torch.where(size > 0, torch.exp2(torch.log2(size.clamp_min(1e-30)).round()), torch.ones_like(size))
+
+
+def _entropy(labels: Tensor, entries: int) -> float:
+    share = torch.bincount(labels, minlength=entries).double() / labels.numel()
+    return -(share * share.clamp_min(1e-300).log2()).sum().item()

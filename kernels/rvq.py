@@ -1,0 +1,68 @@
+"""Residual vector quantization: the sum of one entry per stage, chosen greedily or by a beam, for many pieces at once."""
+
+import torch
+from torch import Tensor
+
+from kernels.kmeans import SCORES, nearest
+
+
+def encode(x: Tensor, codebooks: Tensor, beam: int = 1) -> Tensor:
+    """Codes [G, N, R] int64 of x [G, N, D] under codebooks [G, R, K, D]; distances in float32.
+
+    beam=1 takes the nearest entry stage by stage. A wider beam keeps the `beam` best partial sums of every vector after each stage
+    and returns the best whole sum; time grows in proportion, decoding does not change.
+    """
+    stages, entries = codebooks.shape[1:3]
+    codes = torch.empty(*x.shape[:2], stages, dtype=torch.int64, device=x.device)
+    # A beam's chunk shrinks with its width; a greedy chunk is bounded inside `nearest`, and by its own copy of x here.
+    step = max(1, SCORES * (256 if x.is_cuda else 1) // (x.shape[0] * max(beam * entries, x.shape[2])))
+    for begin in range(0, x.shape[1], step):
+        rows = slice(begin, begin + step)
+        search = _greedy if beam == 1 else _beam
+        codes[:, rows] = search(x[:, rows].float(), codebooks, beam)
+    return codes
+
+
+def decode(codes: Tensor, codebooks: Tensor) -> Tensor:
+    """Sum of the chosen entries, float32 [G, N, D], for codes [G, N, R] (integers) and codebooks [G, R, K, D].
+
+    With codes of fewer stages than the codebooks have, the sum is the coarser code of that prefix.
+    """
+    total = 0
+    for stage in range(codes.shape[-1]):
+        total = total + rows_of(codebooks[:, stage], codes[..., stage])
+    return total
+
+
+def rows_of(codebook: Tensor, codes: Tensor) -> Tensor:
+    """Entries [G, N, D] in float32 that codes [G, N] name in one stage's codebook [G, K, D]."""
+    groups, entries, width = codebook.shape
+    flat = codes.long() + torch.arange(groups, device=codes.device)[:, None] * entries
+    return codebook.reshape(-1, width).index_select(0, flat.flatten()).view(*codes.shape, width).float()
+
+
+def _greedy(rest: Tensor, codebooks: Tensor, beam: int) -> Tensor:
+    codes = []
+    for stage in range(codebooks.shape[1]):
+        table = codebooks[:, stage].float()
+        codes.append(nearest(rest, table)[0])
+        rest = rest - rows_of(table, codes[-1])
+    return torch.stack(codes, -1)
+
+
+def _beam(rest: Tensor, codebooks: Tensor, beam: int) -> Tensor:
+    groups, n, width = rest.shape
+    entries = codebooks.shape[2]
+    rest, error = rest[:, :, None], rest.new_zeros(groups, n, 1)  # [G, N, b, D]; error up to the constant ||x||^2
+    codes = torch.empty(groups, n, 1, 0, dtype=torch.int64, device=rest.device)
+    for stage in range(codebooks.shape[1]):
+        table = codebooks[:, stage].float()
+        bias = table.square().sum(-1)[:, None]
+        change = torch.baddbmm(bias, rest.flatten(1, 2), table.mT, alpha=-2).view(groups, n, -1, entries)
+        error = (error[..., None] + change).flatten(2)
+        error, flat = error.topk(min(beam, error.shape[-1]), -1, largest=False)
+        parent, code = flat // entries, flat % entries
+        codes = torch.cat([codes.gather(2, parent[..., None].expand(-1, -1, -1, stage)), code[..., None]], -1)
+        rest = rest.gather(2, parent[..., None].expand(-1, -1, -1, width))
+        rest = rest - rows_of(table, code.flatten(1)).view_as(rest)
+    return codes[:, :, 0]
