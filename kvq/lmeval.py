@@ -1,0 +1,201 @@
+"""lm-eval on a quantized cache: an HFLM whose forward and generate calls fill the cache they are given, and quiet task loading.
+
+lm-eval's own model class calls `model(ids)` and `model.generate(ids)`, which build an ordinary cache: a codec would never run. Here
+both pass a fresh cache of the bound LM, so likelihoods see the same loss as generation.
+
+Departures from `HFLM`, none of which changes a score: likelihood batches hold inputs of one length only, so that no padding can
+enter an exact window or a token group; of a forward only the logits that are scored are computed; requests that lm-eval shortens
+from the left are remembered instead of only logged.
+"""
+
+import contextlib
+import functools
+import inspect
+import io
+import logging
+import warnings
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from lm_eval.models.huggingface import HFLM
+from torch import Tensor
+
+from kvq.errors import Refusal
+
+HUB_TIMEOUT = 10  # seconds; the data library itself would retry for half a minute before it gives up
+
+
+@contextlib.contextmanager
+def quiet():
+    """Hold back lm-eval's log lines, warnings and progress bars; errors still raise."""
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "huggingface_hub", "jieba")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
+
+
+class CachedLM(HFLM):
+    """lm-eval's view of an LM: every forward and every generate call gets a fresh cache from `lm.new_cache()`.
+
+    lm: has .model, .tokenizer, .max_length, .new_cache(). chunk: prefill prompts of generation tasks in pieces of this many tokens.
+    truncated: the (context, ...) arguments of requests that were too long and lost tokens on the left.
+    """
+
+    def __init__(self, lm, batch_size: int = 1, chunk: int | None = None):
+        with quiet():
+            super().__init__(pretrained=lm.model, tokenizer=lm.tokenizer, backend="causal", batch_size=batch_size, max_length=lm.max_length)
+        self.lm, self.chunk = lm, chunk
+        self.truncated: set[str] = set()
+        self._keep = 0
+        self._can_keep = "logits_to_keep" in inspect.signature(lm.model.forward).parameters
+
+    def _model_call(self, inps: Tensor, attn_mask=None, labels=None) -> Tensor:
+        """[B, T] ids to the last `_keep` logits [B, K, V] (0: all). Right padding is harmless to the tokens before it."""
+        keep = {"logits_to_keep": self._keep} if self._keep and self._can_keep else {}
+        with torch.no_grad():
+            return self.model(input_ids=inps, past_key_values=self.lm.new_cache(), use_cache=True, **keep).logits
+
+    def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **generation_kwargs) -> Tensor:
+        if self.chunk:
+            generation_kwargs["prefill_chunk_size"] = self.chunk
+        return super()._model_generate(context, max_length, stop, past_key_values=self.lm.new_cache(), **generation_kwargs)
+
+    def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, override_bs: int | None = None) -> list[tuple[float, bool]]:
+        """lm-eval's scoring, called once per batch of equally long inputs.
+
+        requests: (strings, context ids, continuation ids). Requests that differ in their last token alone share one forward.
+        """
+        shared = defaultdict(list)
+        for index, (strings, context, continuation) in enumerate(requests):
+            if strings is not None and len(context) + len(continuation) > self.max_length + 1:
+                self.truncated.add(strings[0])
+            shared[tuple(context + continuation[:-1])].append(index)
+        lengths = defaultdict(list)
+        for inputs, indices in shared.items():
+            lengths[min(len(inputs), self.max_length)].append(indices)
+        size = override_bs or self.batch_size
+        answers = [None] * len(requests)
+        for length in sorted(lengths, reverse=True):  # longest first: what does not fit in memory fails at once
+            groups = lengths[length]
+            for start in range(0, len(groups), size):
+                batch = [index for group in groups[start : start + size] for index in group]
+                # HFLM reads positions from the end of what it gets, so dropping logits in front is safe.
+                self._keep = max(len(requests[index][2]) for index in batch)
+                try:
+                    scored = super()._loglikelihood_tokens([requests[i] for i in batch], disable_tqdm=True, override_bs=size)
+                finally:
+                    self._keep = 0
+                for index, answer in zip(batch, scored, strict=True):
+                    answers[index] = answer
+        return answers
+
+    def tok_batch_encode(self, strings, padding_side: str = "left", left_truncate_len: int | None = None, truncation: bool = False):
+        ids, mask = super().tok_batch_encode(strings, padding_side, None, truncation)
+        if left_truncate_len and ids.shape[1] > left_truncate_len:
+            self.truncated.update(s for s, n in zip(strings, mask.sum(1).tolist()) if n > left_truncate_len)
+            ids, mask = ids[:, -left_truncate_len:], mask[:, -left_truncate_len:]
+        return ids, mask
+
+
+@functools.cache
+def library() -> Path:
+    """The folder of lm-eval's own task definitions."""
+    import lm_eval.tasks
+
+    return Path(lm_eval.tasks.__file__).parent
+
+
+@functools.cache
+def task_config(path: str) -> dict:
+    """The resolved YAML of one of lm-eval's tasks, by its path below the task folder, with its functions imported."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    with quiet():
+        try:
+            return load_yaml(library() / path)
+        except ImportError as error:
+            raise Refusal(f"lm-eval's {path} needs a package that is missing: {error}") from error
+
+
+@functools.lru_cache(maxsize=8)
+def manager(names: tuple[str, ...], include_path: str | None = None):
+    """A TaskManager that knows `names`; only their folders are indexed where names lead to folders.
+
+    The full index (14,683 names) takes 4 to 9 seconds and is built only for names not found in a folder called like them.
+    """
+    from lm_eval.tasks import TaskManager
+
+    folders = {library() / part for name in names for part in _folders(name) if (library() / part).is_dir()}
+    extra = [include_path] if include_path else []
+    with quiet():
+        found = TaskManager(include_defaults=False, include_path=[*sorted(map(str, folders)), *extra])
+        if any(name not in found.task_index for name in names):
+            found = TaskManager(include_path=extra or None)
+    unknown = [name for name in names if name not in found.task_index]
+    if unknown:
+        close = [known for known in found.all_tasks if known.startswith(unknown[0].split("_")[0])][:8]
+        hint = f" Close: {', '.join(close)}." if close else ""
+        raise Refusal(f"lm-eval has no task {', '.join(unknown)}.{hint} All names: `lm_eval ls tasks`.")
+    return found
+
+
+def _folders(name: str) -> list[str]:
+    """Folders a task may live in, by its name: `truthfulqa_mc2` in truthfulqa, `arc_challenge` in arc."""
+    parts = name.split("_")
+    return ["_".join(parts[:n]) for n in range(1, len(parts) + 1)]
+
+
+def load_task(config: dict, splits: dict | None = None):
+    """An lm-eval task from its YAML's config; `splits` ({split: datasets.Dataset}) replaces the data and nothing else."""
+    from lm_eval.api.task import ConfigurableTask
+
+    config = {key: value for key, value in config.items() if key not in ("tag", "group", "task_list")}
+    if splits is not None:
+        config["custom_dataset"] = lambda **_: splits
+    with quiet():
+        return ConfigurableTask(config=config)
+
+
+def hub_dataset(path: str, name: str | None, remedy: str):
+    """(dataset, revision) from the hub or the local hub cache; raises Refusal with `remedy` when neither has it."""
+    import datasets
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    options = {}
+    try:
+        revision = options["revision"] = HfApi().dataset_info(path, timeout=HUB_TIMEOUT).sha
+    except RepositoryNotFoundError as error:
+        raise Refusal(f"The hub has no data set {path}, or it is gated. {remedy}") from error
+    except Exception as error:  # each transport library has its own errors for "no network"
+        if not _cached(path):
+            raise Refusal(f"{path} cannot be loaded: the hub cannot be reached and the data was never downloaded here. {remedy}") from error
+        revision, options["download_config"] = "cached", datasets.DownloadConfig(local_files_only=True)
+    try:
+        with quiet():
+            return datasets.load_dataset(path, name, **options), revision
+    except Exception as error:
+        raise Refusal(f"{path} {name or ''} cannot be loaded: {str(error).strip().splitlines()[0]} {remedy}") from error
+
+
+def _cached(path: str) -> bool:
+    """Whether anything of a hub data set lies in the local caches; asking the data library takes half a minute without a network."""
+    import datasets
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    owner = path.split("/")[0].lower()
+    if any(Path(datasets.config.HF_DATASETS_CACHE).glob(f"{owner}___*")):
+        return True
+    try:
+        return bool(snapshot_download(path, repo_type="dataset", local_files_only=True))
+    except LocalEntryNotFoundError:
+        return False

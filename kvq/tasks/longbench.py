@@ -1,0 +1,258 @@
+"""LongBench v1 (Bai et al., ACL 2024): lm-eval's prompts and metrics on upstream, local or embedded data.
+
+Every metric is in percent (0 to 100). The score of a subset is the mean over its examples; the score of a group is the plain mean
+over its subsets.
+
+Departures from lm-eval's own run of these tasks:
+- A prompt that does not fit loses its middle (LongBench's rule); lm-eval cuts from the left, instruction first.
+- The chat template is off for few-shot and code subsets (LongBench's rule); lm-eval knows only all or nothing.
+- Answers of few-shot subsets end at the first newline *after* leading newlines were dropped (LongBench's rule); lm-eval makes an
+  answer that starts with a newline empty. `strict_stop=true` restores that.
+- Turn-end tokens of all model families stop generation, whether or not the checkpoint's config lists them.
+Inherited from lm-eval and upstream: ROUGE-L of two sentences of about 1,000 words together is 0, because the scorer swallows its own
+recursion error; without the package python-Levenshtein the code similarity uses difflib, whose ratio differs slightly.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+from kvq.errors import Refusal
+from kvq.prompt import FirstLine, first_line, fit, left_pad, stop_ids, until_stop
+from kvq.records import Example, Record
+
+CATEGORIES = {
+    "narrativeqa": "single", "qasper": "single", "multifieldqa_en": "single", "multifieldqa_zh": "single",
+    "hotpotqa": "multi", "2wikimqa": "multi", "musique": "multi", "dureader": "multi",
+    "gov_report": "summarization", "qmsum": "summarization", "multi_news": "summarization", "vcsum": "summarization",
+    "trec": "fewshot", "triviaqa": "fewshot", "samsum": "fewshot", "lsht": "fewshot",
+    "passage_count": "synthetic", "passage_retrieval_en": "synthetic", "passage_retrieval_zh": "synthetic",
+    "lcc": "code", "repobench-p": "code",
+}  # fmt: skip
+LENGTH_BALANCED = (  # subsets with an `_e` twin (LongBench-E)
+    "qasper", "multifieldqa_en", "hotpotqa", "2wikimqa", "gov_report", "multi_news", "trec", "triviaqa", "samsum",
+    "passage_count", "passage_retrieval_en", "lcc", "repobench-p",
+)  # fmt: skip
+GROUPS = {
+    "gsrq7": ["narrativeqa", "qasper", "multifieldqa_en", "qmsum", "musique", "triviaqa", "samsum"],
+    "blockgtq8": ["qasper", "multifieldqa_en", "hotpotqa", "2wikimqa", "gov_report", "trec", "passage_retrieval_en", "lcc"],
+    "kivi8": ["qasper", "qmsum", "multi_news", "trec", "triviaqa", "samsum", "lcc", "repobench-p"],
+    "kivi15": [
+        "narrativeqa", "qasper", "multifieldqa_en", "hotpotqa", "musique", "2wikimqa", "gov_report", "qmsum", "multi_news", "lcc",
+        "repobench-p", "triviaqa", "samsum", "trec", "passage_retrieval_en",
+    ],
+    "all": list(CATEGORIES),
+}  # fmt: skip
+GROUPS["kivi15"] = sorted(GROUPS["kivi15"], key=list(CATEGORIES).index)
+BARE = ("trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p")  # no chat template: LongBench, pred.py
+HUB = "Xnhyacinth/LongBench"
+EMBEDDED_EXAMPLES = 20  # per subset, when no limit is given
+REMEDY = "Pass task.data=<folder with one <subset>.jsonl or .parquet each, in LongBench's format>, or task.data=embedded."
+
+
+class LongBench:
+    """data: `hub`, `embedded`, or a folder holding <subset>.jsonl or <subset>.parquet in upstream's columns.
+
+    subsets: a name, a group (gsrq7, blockgtq8, kivi8, kivi15, all) or a list of either. limit: first examples per subset.
+    context: prompt and answer together, in tokens (null: all the model has). chat: auto, true or false. max_new_tokens: lowers
+    the subsets' own answer caps. chunk: prefill in pieces of this many tokens. Raises Refusal on unknown names.
+    """
+
+    one_pass = False
+
+    def __init__(
+        self, data="hub", subsets="all", limit=None, context=None, batch_size=1, seed=0, chat="auto", thinking=False,
+        max_new_tokens=None, strict_stop=False, chunk=None,
+    ):  # fmt: skip
+        self.data, self.limit, self.context, self.batch_size, self.seed = str(data), limit, context, batch_size, seed
+        self.thinking, self.max_new_tokens, self.strict_stop, self.chunk = thinking, max_new_tokens, strict_stop, chunk
+        if chat not in ("auto", True, False):
+            raise Refusal(f"task.chat={chat} is not one of auto, true, false.")
+        for name, value in (("limit", limit), ("context", context), ("batch_size", batch_size), ("max_new_tokens", max_new_tokens), ("chunk", chunk)):
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise Refusal(f"task.{name}={value} must be a whole number of at least 1.")
+        self.chat, self.subsets = chat, expand(subsets)
+        self.categories = {subset: CATEGORIES[_plain(subset)] for subset in self.subsets}
+        self.sources: dict[str, str] = {}
+        self._docs: dict[str, list[dict]] = {}
+        self._tasks: dict = {}
+
+    def check(self) -> None:
+        """Load and check the data, before any model: raises Refusal for a missing folder, file, column, or network."""
+        if self.data == "embedded":
+            from kvq.standin.suite import SUBSETS
+
+            absent = [subset for subset in self.subsets if subset not in SUBSETS]
+            if absent:
+                raise Refusal(f"The embedded data has no {', '.join(absent)}; it has {', '.join(SUBSETS)}.")
+            return
+        for subset in self.subsets:
+            if subset not in self._docs:
+                rows, self.sources[subset] = _from_hub(subset, self.limit) if self.data == "hub" else _from_folder(self.data, subset, self.limit)
+                self._docs[subset] = _checked(rows, subset, self.sources[subset])
+
+    def examples(self, lm) -> list[Example]:
+        """All examples, subset by subset in the data's order; ids are `<subset>/<_id>`, or the row number where ids are not unique."""
+        self.check()
+        context = self._context(lm)
+        if self.chat is True and not lm.tokenizer.chat_template:
+            raise Refusal(f"task.chat=true, but the tokenizer of {lm.name} has no chat template; use task.chat=auto.")
+        examples = []
+        for subset in self.subsets:
+            if self.data == "embedded":
+                self._embed(subset, lm, context)
+            docs = self._docs[subset]
+            keys = [str(doc.get("_id") or "") for doc in docs]
+            if "" in keys or len(set(keys)) < len(keys):
+                keys = [str(index) for index in range(len(docs))]
+            self._tasks[subset] = _task(subset, docs)
+            if self._cap(subset) >= context:
+                raise Refusal(f"{subset} may answer with {self._cap(subset)} tokens, which fills the context of {context}: set task.max_new_tokens.")
+            examples += [Example(f"{subset}/{key}", subset, doc) for key, doc in zip(keys, docs)]
+        return examples
+
+    def run(self, lm, examples: list[Example]) -> Iterator[Record]:
+        """Generate greedily in batches of similar length, longest first; yields each record as soon as its batch is done."""
+        stops, context = stop_ids(lm), self._context(lm)
+        for subset in self.subsets:
+            chat = self._templated(subset, lm.tokenizer)
+            todo = []
+            for example in examples:
+                if example.subset == subset:
+                    text = self._tasks[subset].fewshot_context(example.payload, num_fewshot=0)
+                    todo.append((example, *fit(lm.tokenizer, text, context - self._cap(subset), chat, self.thinking)))
+            todo.sort(key=lambda item: -len(item[1]))
+            for start in range(0, len(todo), self.batch_size):
+                batch = todo[start : start + self.batch_size]
+                answers = self._generate(lm, subset, [ids for _, ids, _ in batch], stops)
+                for (example, ids, length), answer in zip(batch, answers):
+                    yield self._record(example, answer, lm.tokenizer) | {
+                        "prompt_tokens": len(ids), "full_prompt_tokens": length, "new_tokens": len(answer),
+                        "truncated": "middle" if length > len(ids) else None, "chat": chat,
+                    }  # fmt: skip
+
+    def _context(self, lm) -> int:
+        if self.context and self.context > lm.max_length:
+            raise Refusal(f"task.context={self.context} exceeds the {lm.max_length} tokens of {lm.name}.")
+        return self.context or lm.max_length
+
+    def _cap(self, subset: str) -> int:
+        own = _config(subset)["generation_kwargs"]["max_gen_toks"]
+        return min(own, self.max_new_tokens or own)
+
+    def _templated(self, subset: str, tokenizer) -> bool:
+        if self.chat == "auto":
+            return bool(tokenizer.chat_template) and _plain(subset) not in BARE
+        return self.chat
+
+    def _generate(self, lm, subset: str, prompts: list[list[int]], stops: list[int]) -> list[list[int]]:
+        tokenizer = lm.tokenizer
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0]
+        ids, mask = left_pad(prompts, pad)
+        ends = {"stopping_criteria": [FirstLine(tokenizer, ids.shape[1], self.strict_stop)]} if self._until(subset) else {}
+        rows = lm.generate(ids.to(lm.device), mask.to(lm.device), self._cap(subset), stops, chunk=self.chunk, **ends).tolist()
+        return [until_stop(row, [*stops, pad]) for row in rows]
+
+    def _until(self, subset: str) -> list[str]:
+        until = _config(subset)["generation_kwargs"]["until"]
+        if until not in ([], ["\n"]):
+            raise Refusal(f"lm-eval's {subset} now stops at {until}; only the end of the first line is implemented.")
+        return until
+
+    def _record(self, example: Example, answer: list[int], tokenizer) -> Record:
+        from kvq.lmeval import quiet
+
+        subset, doc = example.subset, example.payload
+        text = tokenizer.decode(answer, skip_special_tokens=True)
+        prediction = first_line(text, self.strict_stop) if self._until(subset) else text
+        with quiet():
+            metrics = self._tasks[subset].process_results(doc, [prediction])
+        percent = {name: 100.0 * float(value) for name, value in metrics.items()}
+        return {"id": example.id, "subset": subset, "metrics": percent, "prediction": prediction, "target": doc["answers"]}
+
+    def _embed(self, subset: str, lm, context: int) -> None:
+        from kvq.standin.suite import generate
+
+        count = self.limit or EMBEDDED_EXAMPLES
+        rows = generate(subset, count, context - self._cap(subset), lm.tokenizer, self.seed)
+        self.sources[subset] = f"embedded, seed {self.seed}"
+        self._docs[subset] = _checked(rows, subset, self.sources[subset])
+
+
+def expand(subsets) -> list[str]:
+    """Subset names from a name, a group, or a list of either, without repeats. Raises Refusal listing what exists."""
+    valid = [*CATEGORIES, *(f"{name}_e" for name in LENGTH_BALANCED)]
+    names = [subsets] if isinstance(subsets, str) else list(subsets or [])
+    unknown = [name for name in names if name not in GROUPS and name not in valid]
+    if unknown or not names:
+        what = f"no subset {', '.join(map(str, unknown))}" if unknown else "nothing to do with an empty list of subsets"
+        raise Refusal(f"LongBench has {what}. Groups: {', '.join(GROUPS)}. Subsets: {', '.join(CATEGORIES)}; with _e: {', '.join(LENGTH_BALANCED)}.")
+    return list(dict.fromkeys(subset for name in names for subset in GROUPS.get(name, [name])))
+
+
+def _plain(subset: str) -> str:
+    return subset.removesuffix("_e")
+
+
+def _config(subset: str) -> dict:
+    from kvq.lmeval import task_config
+
+    return task_config(f"longbench/{subset}.yaml")
+
+
+def _task(subset: str, docs: list[dict]):
+    from datasets import Dataset
+
+    from kvq.lmeval import load_task
+
+    return load_task(_config(subset), {"test": Dataset.from_list(docs)})
+
+
+def _from_hub(subset: str, limit: int | None) -> tuple[list[dict], str]:
+    from kvq.lmeval import hub_dataset
+
+    dataset, revision = hub_dataset(HUB, subset, REMEDY)
+    return list(islice(dataset["test"], limit)), f"{HUB}@{revision}"
+
+
+def _from_folder(data: str, subset: str, limit: int | None) -> tuple[list[dict], str]:
+    folder = Path(data).expanduser()
+    if not folder.is_dir():
+        raise Refusal(f"task.data={data} is not a folder. {REMEDY}")
+    file = next((f for f in (folder / f"{subset}.jsonl", folder / f"{subset}.parquet") if f.is_file()), None)
+    if file is None:
+        present = ", ".join(sorted(f.name for f in folder.iterdir())[:8]) or "nothing"
+        raise Refusal(f"{folder} has no {subset}.jsonl or {subset}.parquet (it holds {present}). Choose subsets with task.subsets=[...].")
+    if file.suffix == ".parquet":
+        import pyarrow.parquet
+
+        rows = pyarrow.parquet.read_table(file).slice(0, limit).to_pylist()
+    else:
+        rows = []
+        with open(file, encoding="utf-8") as lines:
+            for number, line in enumerate(islice((line for line in lines if line.strip()), limit), 1):
+                try:
+                    rows.append(json.loads(line))
+                except json.JSONDecodeError as error:
+                    raise Refusal(f"{file}, record {number}, is not JSON: {error}.") from error
+    with open(file, "rb") as stream:
+        return rows, f"{file.name} sha256:{hashlib.file_digest(stream, 'sha256').hexdigest()[:16]}"
+
+
+def _checked(rows: list[dict], subset: str, source: str) -> list[dict]:
+    """Rows in the columns that lm-eval's prompts name: upstream's `input` is their `question`."""
+    needed = ["context", "answers"] + (["all_classes"] if _plain(subset) in ("trec", "lsht") else [])
+    docs = []
+    for number, row in enumerate(rows, 1):
+        row = dict(row)
+        if "question" not in row and "input" in row:
+            row["question"] = row.pop("input")
+        missing = [name for name in needed if row.get(name) is None] + ([] if "question" in row else ["input"])
+        if missing or not isinstance(row["answers"], list) or not row["answers"]:
+            raise Refusal(f"{subset} ({source}), record {number}, lacks {', '.join(missing) or 'a list of answers'}: LongBench's columns are input, context, answers, all_classes, _id.")
+        docs.append(row)
+    if not docs:
+        raise Refusal(f"{subset} ({source}) is empty.")
+    return docs
