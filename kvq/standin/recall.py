@@ -1,0 +1,54 @@
+"""Dense recall: a list of pairs and then some of its keys, forward (key to value) or in reverse (value to key).
+
+The reverse form is the first step of the curriculum for naming the paragraph that holds a sentence: the number stands before what is asked for.
+"""
+
+from random import Random
+
+from kvq.standin import lexicon
+
+FORWARD = ("{k}: {v}", "{k} = {v}", "{k} -> {v}", "The {k} is {v}.", "{k} has {v}")
+ASK = ("{k}:", "{k} =", "{k} ->", "The {k} is", "{k} has")
+LABELS = ("Paragraph", "Paragraph", "Paragraph", "Passage", "Item", "Section")
+
+
+def _keys(rng: Random, count: int) -> list[str]:
+    make = rng.choice((lexicon.number, lambda rng: lexicon.syllables(rng, rng.choice((2, 3))), lexicon.entity,
+                       lambda rng: f"{rng.choice(lexicon.WORDS)} {rng.choice(lexicon.WORDS)}"))
+    return list(dict.fromkeys(make(rng) for _ in range(count)))
+
+
+def _values(rng: Random, count: int) -> list[str]:
+    make = rng.choice((lexicon.number, lambda rng: rng.choice(lexicon.WORDS), lambda rng: lexicon.syllables(rng, 2), lexicon.word,
+                       lambda rng: f"{rng.randrange(10, 100)}"))
+    return [make(rng) for _ in range(count)]
+
+
+def pairs(rng: Random, filler, tokens: int) -> list[tuple[str, str]]:
+    """Turns (prompt, answer) of a forward look-up: the list, then up to eight keys in random order."""
+    style, keys = rng.randrange(len(FORWARD)), _keys(rng, 400)
+    values = _values(rng, len(keys))
+    lines = [FORWARD[style].format(k=key, v=value) for key, value in zip(keys, values, strict=True)]
+    each = filler.count("\n".join(lines[:12])) / min(12, len(lines)) + 1
+    total = max(2, min(len(lines), int(tokens / each) - 4))
+    asked = rng.sample(range(total), min(total, rng.choice((1, 4, 8))))
+    heading = rng.choice(("", "Here is a list.\n", "Remember these pairs.\n\n"))
+    turns = [("\n\n" + rng.choice(("", "Question: ")) + ASK[style].format(k=keys[index]), " " + values[index]) for index in asked]
+    return [(heading + "\n".join(lines[:total]) + turns[0][0], turns[0][1]), *turns[1:]]
+
+
+def reverse(rng: Random, filler, tokens: int) -> list[tuple[str, str]]:
+    """Turns of a reverse look-up: numbered short texts, then a text or its beginning, answered with the number."""
+    label, words = rng.choice(LABELS), rng.choice((2, 3, 5, 8, 12))
+    make = (lambda: " ".join(rng.choice(lexicon.WORDS) for _ in range(words))) if rng.random() < 0.5 else (
+        lambda: " ".join(filler.sentence(rng, 100).split()[:words + 3]))
+    texts = list(dict.fromkeys(make() for _ in range(min(30, max(3, int(tokens / (words * 1.8 + 6)))))))
+    gap = rng.choice(("\n", "\n\n"))
+    total = min(len(texts), rng.choice((3, 5, 8, 12, 20, 30)))
+    lines = [f"{label} {index + 1}: {text}" for index, text in enumerate(texts[:total])]
+    while sum(map(filler.count, lines)) + total + 40 > tokens and total > 2:
+        total -= max(1, total // 8)
+        lines = lines[:total]
+    ask = rng.choice(("\n\nText: {}\nThe answer is:", "\n\nThe following is an abstract.\n\n{}\n\nThe answer is:", "\n\n{} is in:"))
+    turns = [(ask.format(texts[index]), f" {label} {index + 1}") for index in rng.sample(range(total), min(total, rng.choice((1, 2, 4))))]
+    return [(gap.join(lines) + turns[0][0], turns[0][1]), *turns[1:]]
