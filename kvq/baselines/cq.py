@@ -88,7 +88,7 @@ class CQ(nn.Module):
             vectors = x[head].unflatten(1, (-1, self.coupled)).transpose(0, 1).contiguous()
             weights = None
             if self.weights == "fisher":
-                weights = _balanced(calibration.grads.view(tokens, heads, -1)[:, head].T.to(x))
+                weights = _balanced(calibration.grads.reshape(tokens, heads, -1)[:, head].T.to(x))
             options = {"rounds": self.rounds, "tolerance": self.tolerance, "generator": generator}
             tables.append(kmeans(vectors, 2**self.code_bits, weights, start="kmeans++", **options).entries)
         self.codebook = half(torch.stack(tables), "A CQ table entry")
