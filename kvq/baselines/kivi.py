@@ -1,6 +1,9 @@
 """KIVI: asymmetric 2-bit quantization without tuning, keys per channel and values per token (Liu et al., ICML 2024, section 3).
 
 code = round((x - min) / scale), scale = (max - min) / (2^b - 1), float16 scale and minimum per group: b + 32/G bits.
+
+Departures: keys and values keep the same exact window (conf: window) and keys beyond it wait for a whole group, where the original
+codes keys whenever `window` of them have gathered; 1 and 3 bits exist in later papers and here only. Arithmetic is float32.
 """
 
 import torch

@@ -2,6 +2,10 @@
 
 x / std -> groups of 32 channels -> sum over stages of one entry out of C, greedily; bits = depth * log2(C) / 32 + 16 / head_dim.
 One table per (layer, tensor, stage), shared by all heads and groups.
+
+Departures: the model is frozen (the released default) and training reads the harness's calibration tokens, `batch` at random per
+step, where the release takes 200 steps of 65,536 tokens of SlimPajama; tables are float16 and the std is float16, not bfloat16;
+a vector of zeros stores a std of 0 and decodes to zeros, where the release divides by 1 and decodes the entries nearest to zero.
 """
 
 import torch
