@@ -42,13 +42,19 @@ def load(path: str, revision: str | None = None, dtype: str = "auto", device: st
     Mistral-v0.1). Raises Refusal if the folder lacks a config or a tokenizer, or the hub cannot be reached.
     """
     check(path)
-    device = default_device() if device == "auto" else device
-    dtype = ("float32" if device == "cpu" else "bfloat16") if dtype == "auto" else dtype
+    dtype, device = resolve(dtype, device)
     return _load(path, revision, dtype, device, device_map, json.dumps(dict(overrides or {}), sort_keys=True))
 
 
-def default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def resolve(dtype: str, device: str) -> tuple[str, str]:
+    """(dtype, device) with `auto` replaced. Raises Refusal on an unknown dtype."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype == "auto":
+        dtype = "float32" if device == "cpu" else "bfloat16"
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise Refusal(f"model.dtype={dtype} is not one of auto, float32, bfloat16, float16.")
+    return dtype, device
 
 
 def folder(path: str) -> Path | None:
@@ -132,7 +138,7 @@ class LM:
         for cache in self._open:
             if any(layer.streams for layer in cache.quantized_layers):
                 report = cache.audit()
-                report["sequences"] = len(cache.quantized_layers[0].pads)
+                report["table_bytes"] = self.table_bytes * len(cache.quantized_layers[0].pads)
                 for name, amount in report.items():
                     self.book(name, amount)
         self._open.clear()

@@ -1,0 +1,42 @@
+"""The printed table of one run: score beside fp16 on the same examples, three bit numbers, tokens, seconds."""
+
+import sys
+
+import pandas as pd
+from rich.console import Console
+from rich.table import Table
+
+WIDTH = 150
+
+
+def show(frame: pd.DataFrame, console: Console | None = None) -> pd.DataFrame:
+    """Print `frame` (one run) and return it."""
+    console = console or Console(width=None if sys.stdout.isatty() else WIDTH)
+    first = frame.iloc[0]
+    once = frame[frame.subset == "run"].set_index("metric")["value"]
+    table = Table(title=f"{first.task} · {first['quant']} · {first.model} · data={first['data']}", title_justify="left")
+    paired = [m for m in frame.metric.unique() if m.endswith("_minus_fp16")]
+    main = paired[0].removesuffix("_minus_fp16") if paired else frame[frame.subset != "run"].metric.iloc[0]
+    others = [m for m in frame[frame.subset != "run"].metric.unique() if not m.startswith(f"{main}_") and m != main]
+    for name in ("subset", main, "fp16", "minus fp16", *others, "n"):
+        table.add_column(name, justify="left" if name == "subset" else "right")
+    for subset, rows in frame[frame.subset != "run"].groupby("subset", sort=False):
+        cells = rows.set_index("metric")
+        shown = [_cell(cells, m) for m in (main, f"{main}_fp16", f"{main}_minus_fp16", *others)]
+        table.add_row(subset, *shown, str(cells.loc[main, "n"]), style="bold" if subset == "average" else None)
+    console.print(table)
+    console.print(
+        f"bits: {first.bits:g} nominal, {first.bits_stored:.3f} stored per value, {first.bits_total:.2f} all-in with codebooks for one sequence"
+        f" · {once['compression']:.2f}x smaller than fp16 · {first.encoded_tokens:,} of {int(once['tokens']):,} tokens encoded",
+        highlight=False,
+    )
+    seconds = " · ".join(f"{name.removesuffix('_seconds')} {value:.1f} s" for name, value in once.items() if name.endswith("_seconds"))
+    console.print(f"{seconds} · run {first.run} on {first.device}", highlight=False)
+    return frame
+
+
+def _cell(cells: pd.DataFrame, metric: str) -> str:
+    if metric not in cells.index:
+        return ""
+    value, stderr = cells.loc[metric, "value"], cells.loc[metric, "stderr"]
+    return f"{value:.3f} ± {stderr:.3f}" if abs(value) < 10 else f"{value:.1f} ± {stderr:.1f}"

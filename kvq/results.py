@@ -1,0 +1,101 @@
+"""Result rows: tidy and long, one parquet per run named by a hash of what was computed, written whole or not at all. No torch."""
+
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+import pandas as pd
+
+from kvq.errors import Refusal
+
+COLUMNS = {
+    "run": "str", "model": "str", "quant": "str", "task": "str", "data": "str", "calib": "str",
+    "bits": "float64", "bits_stored": "float64", "bits_total": "float64", "encoded_tokens": "int64",
+    "subset": "str", "metric": "str", "value": "float64", "stderr": "float64", "n": "int64",
+    "seed": "int64", "config": "str", "commit": "str", "dirty": "bool", "date": "str", "device": "str", "torch": "str", "transformers": "str",
+}  # fmt: skip
+"""Column name to dtype. bits: the label; bits_stored: codes and per-token side data as held, per value coded; bits_total: everything
+held for one sequence (codebooks and exact tokens included), per value cached. `config` is the resolved JSON of the run."""
+
+
+def run_id(identity: Mapping) -> str:
+    """8 hex digits of the canonical JSON of what is computed; ints and floats that are equal hash alike."""
+    return hashlib.sha256(json.dumps(_canonical(identity), sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _canonical(value):
+    if isinstance(value, Mapping):
+        return {str(k): _canonical(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_canonical(v) for v in value]
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
+
+
+def write(rows: list[dict], path: Path) -> pd.DataFrame:
+    """Check rows against the schema and write one parquet through a temporary file. Raises ValueError on a bad row."""
+    frame = pd.DataFrame(rows)
+    missing, extra = set(COLUMNS) - set(frame.columns), set(frame.columns) - set(COLUMNS)
+    if missing or extra:
+        raise ValueError(f"Rows do not follow the schema: missing {sorted(missing)}, unknown {sorted(extra)}.")
+    frame = frame[list(COLUMNS)].astype(COLUMNS)
+    for column in ("bits", "bits_stored", "bits_total", "value"):
+        bad = frame[~frame[column].map(math.isfinite)]
+        if len(bad):
+            raise ValueError(f"Column {column} is not finite for metric {bad.metric.iloc[0]} of subset {bad.subset.iloc[0]}; nothing was written.")
+    if ((frame.quant != "fp16") & (frame.encoded_tokens <= 0)).any():
+        raise ValueError(f"No token was encoded under quant={frame.quant.iloc[0]}: the score would be fp16 under another name; nothing was written.")
+    replace(path, lambda temporary: frame.to_parquet(temporary, index=False))
+    return frame
+
+
+def replace(path: Path, save) -> None:
+    """Call save(temporary path) and rename onto `path`, so that a reader sees the old file, the new one, or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read(path: Path) -> pd.DataFrame:
+    """One run's rows. Raises Refusal if the file is damaged or of another schema."""
+    try:
+        frame = pd.read_parquet(path)
+    except Exception as error:
+        raise Refusal(f"{path} is not a readable result file ({type(error).__name__}); delete it and run the cell again.") from error
+    if list(frame.columns) != list(COLUMNS):
+        raise Refusal(f"{path} has other columns than this version writes; delete it and run the cell again.")
+    return frame
+
+
+def load(folder: Path = Path("results"), **where) -> pd.DataFrame:
+    """All committed rows under `folder`/runs, filtered by column values: load(task="longbench", quant=["km", "gsrq"])."""
+    frames = [read(path) for path in sorted(Path(folder).glob("runs/*.parquet"))]
+    rows = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame({c: pd.Series(dtype=t) for c, t in COLUMNS.items()})
+    for column, wanted in where.items():
+        rows = rows[rows[column].isin([wanted] if isinstance(wanted, str) or not hasattr(wanted, "__iter__") else list(wanted))]
+    return rows
+
+
+def provenance(device: str) -> dict:
+    """Where a row comes from: commit, dirty flag, UTC date, device, library versions."""
+
+    def git(*arguments):
+        found = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=Path(__file__).parent)
+        return found.stdout.strip() if found.returncode == 0 else ""
+
+    return {
+        "commit": git("rev-parse", "--short=12", "HEAD"),
+        "dirty": bool(git("status", "--porcelain", "--untracked-files=no", "--", ":!results")),
+        "date": pd.Timestamp.now("UTC").strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "device": device,
+        "torch": importlib.metadata.version("torch"),
+        "transformers": importlib.metadata.version("transformers"),
+    }

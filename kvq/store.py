@@ -1,0 +1,86 @@
+"""The calibration store: fitted codecs as safetensors, keyed by the content of everything that shaped them. Never a pickle."""
+
+import functools
+import hashlib
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from kvq.errors import Refusal
+from kvq.models import ROOT
+from kvq.quantizer import set_buffers
+from kvq.results import replace, run_id
+
+log = logging.getLogger(__name__)
+FITTING_CODE = ("kernels/*.py", "gsrq/*.py", "blockgtq/*.py", "kvq/baselines/*.py", "kvq/calibrate.py", "kvq/record.py", "kvq/rope.py")
+
+
+@functools.cache
+def code_version() -> str:
+    """Hash of the sources that decide what a fit returns: editing a quantizer makes its stored calibrations unreachable."""
+    digest = hashlib.sha256()
+    for pattern in FITTING_CODE:
+        for file in sorted(ROOT.glob(pattern)):
+            digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def path_of(recipe: dict, folder: Path) -> Path:
+    return Path(folder) / f"{recipe['quant']}-{run_id(recipe)}.safetensors"
+
+
+def save(pairs: list[tuple], recipe: dict, folder: Path) -> Path:
+    """Write the buffers of all (key, value) codecs with their recipe; whole or not at all."""
+    tensors = {}
+    for layer, pair in enumerate(pairs):
+        for kind, codec in zip(("key", "value"), pair):
+            if codec is not None:
+                for name, buffer in codec.named_buffers():
+                    tensors[f"{layer}/{kind}/{name}"] = buffer.detach().cpu().contiguous().clone()
+    tensors = tensors or {"empty": torch.zeros(1)}
+    path = path_of(recipe, folder)
+    replace(path, lambda temporary: save_file(tensors, temporary, metadata={"recipe": json.dumps(recipe, sort_keys=True)}))
+    return path
+
+
+def restore(pairs: list[tuple], recipe: dict, folder: Path, device) -> bool:
+    """Fill unfitted codecs from the store; False if there is no usable entry (a damaged one is reported and rebuilt).
+
+    Raises Refusal if the entry under this key was made from another recipe, naming the field.
+    """
+    path = path_of(recipe, folder)
+    if not path.is_file():
+        return False
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as stored:
+            kept = json.loads((stored.metadata() or {}).get("recipe", "{}"))
+            for field in sorted(set(recipe) | set(kept)):
+                if json.dumps(kept.get(field), sort_keys=True) != json.dumps(recipe.get(field), sort_keys=True):
+                    raise Refusal(f"{path} was calibrated with another {field} ({kept.get(field)}, wanted {recipe.get(field)}); delete it or set the same {field}.")
+            groups: dict[tuple[int, str], dict] = {}
+            for name in stored.keys():
+                if name != "empty":
+                    layer, kind, buffer = name.split("/")
+                    groups.setdefault((int(layer), kind), {})[buffer] = stored.get_tensor(name)
+    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+        log.warning("%s is damaged (%s); calibrating again.", path, type(error).__name__)
+        return False
+    for layer, pair in enumerate(pairs):
+        for kind, codec in zip(("key", "value"), pair):
+            if codec is not None:
+                set_buffers(codec, groups.get((layer, kind), {})).to(device)
+    return True
+
+
+def fetch(make_pairs: Callable[[], list[tuple]], fit: Callable[[], list[tuple]], recipe: dict, folder: Path, device) -> list[tuple]:
+    """Codecs for this recipe: restored if stored, else fitted, stored and restored, so that both ways give the same object."""
+    pairs = make_pairs()
+    if not restore(pairs, recipe, folder, device):
+        save(fit(), recipe, folder)
+        restore(pairs, recipe, folder, device)
+    return pairs
