@@ -1,0 +1,40 @@
+SHELL := /bin/bash
+PYTHON ?= python3
+ARGS ?= quant=gsrq bits=1 task=longbench
+BIN := .venv/bin
+PINS = $(PYTHON) -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; print('\n'.join(p['dependencies'] if '$(1)' == 'run' else p['optional-dependencies']['$(1)']))"
+
+.PHONY: help setup run test test-gpu lint figures clean
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+setup: .venv/run.ready  ## make .venv with the pinned dependencies
+
+run: .venv/run.ready  ## run one cell; ARGS="quant=gsrq bits=1 task=longbench" takes any Hydra overrides
+	@$(BIN)/python run.py $(ARGS)
+
+test: .venv/dev.ready  ## the whole offline test-suite
+	@$(BIN)/python -m pytest $(PYTEST)
+
+test-gpu: .venv/dev.ready  ## only the tests that need a CUDA device
+	@$(BIN)/python -m pytest -m gpu
+
+lint: .venv/dev.ready  ## ruff
+	@$(BIN)/ruff check .
+
+figures: .venv/run.ready  ## draw results/figures from results/ alone
+	@$(BIN)/python -m experiments
+
+clean:  ## remove logs, partial runs and stored calibrations; results/ stays
+	rm -rf outputs multirun
+
+.venv/run.ready: pyproject.toml
+	@$(PYTHON) -c "import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] <= (3, 12) else 'error: Python 3.11 or 3.12 is needed, this is ' + sys.version.split()[0] + '; make PYTHON=python3.11 ...')"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "installing pinned dependencies into .venv (once)"
+	@$(call PINS,run) > .venv/run.txt && $(BIN)/python -m pip install -q -r .venv/run.txt
+	@touch $@
+
+.venv/dev.ready: .venv/run.ready
+	@$(call PINS,dev) > .venv/dev.txt && $(BIN)/python -m pip install -q -r .venv/dev.txt
+	@touch $@
