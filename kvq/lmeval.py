@@ -3,7 +3,7 @@
 lm-eval's own model class calls `model(ids)` and `model.generate(ids)`, which build an ordinary cache: a codec would never run. Here
 both pass a fresh cache of the bound LM, so likelihoods see the same loss as generation.
 
-Departures from `HFLM`, none of which changes a score: likelihood batches hold inputs of one length only, so that no padding can
+Departures from `HFLM`, none beyond the last bits of a likelihood: batches hold inputs of one length only, so that no padding can
 enter an exact window or a token group; of a forward only the logits that are scored are computed; requests that lm-eval shortens
 from the left are remembered instead of only logged.
 """
@@ -12,6 +12,8 @@ import contextlib
 import functools
 import inspect
 import io
+import itertools
+import json
 import logging
 import warnings
 from collections import defaultdict
@@ -23,7 +25,7 @@ from torch import Tensor
 
 from kvq.errors import Refusal
 
-HUB_TIMEOUT = 10  # seconds; the data library itself would retry for half a minute before it gives up
+HUB_TIMEOUT = 10  # seconds
 
 
 @contextlib.contextmanager
@@ -46,16 +48,17 @@ class CachedLM(HFLM):
     """lm-eval's view of an LM: every forward and every generate call gets a fresh cache from `lm.new_cache()`.
 
     lm: has .model, .tokenizer, .max_length, .new_cache(). chunk: prefill prompts of generation tasks in pieces of this many tokens.
-    truncated: the (context, ...) arguments of requests that were too long and lost tokens on the left.
+    all_logits: compute the unscored logits too, as the stock model does; at batch size 1 likelihoods then equal its to the last bit.
+    truncated: the contexts of requests that were too long and lost tokens on the left.
     """
 
-    def __init__(self, lm, batch_size: int = 1, chunk: int | None = None):
+    def __init__(self, lm, batch_size: int = 1, chunk: int | None = None, all_logits: bool = False):
         with quiet():
             super().__init__(pretrained=lm.model, tokenizer=lm.tokenizer, backend="causal", batch_size=batch_size, max_length=lm.max_length)
         self.lm, self.chunk = lm, chunk
         self.truncated: set[str] = set()
         self._keep = 0
-        self._can_keep = "logits_to_keep" in inspect.signature(lm.model.forward).parameters
+        self._can_keep = not all_logits and "logits_to_keep" in inspect.signature(lm.model.forward).parameters
 
     def _model_call(self, inps: Tensor, attn_mask=None, labels=None) -> Tensor:
         """[B, T] ids to the last `_keep` logits [B, K, V] (0: all). Right padding is harmless to the tokens before it."""
@@ -113,9 +116,30 @@ def library() -> Path:
     return Path(lm_eval.tasks.__file__).parent
 
 
+def read_file(file: Path, limit: int | None = None) -> list[dict]:
+    """The first `limit` rows of a .jsonl or .parquet file. Raises Refusal with the record number on broken JSON."""
+    if file.suffix == ".parquet":
+        import pyarrow.parquet
+
+        return pyarrow.parquet.read_table(file).slice(0, limit).to_pylist()
+    rows = []
+    with open(file, encoding="utf-8") as lines:
+        for number, line in enumerate(itertools.islice((line for line in lines if line.strip()), limit), 1):
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise Refusal(f"{file}, record {number}, is not JSON: {error}.") from error
+    return rows
+
+
+def find_file(folder: Path, name: str) -> Path | None:
+    """<folder>/<name>.jsonl or .parquet, or None."""
+    return next((f for f in (folder / f"{name}.jsonl", folder / f"{name}.parquet") if f.is_file()), None)
+
+
 @functools.cache
-def task_config(path: str) -> dict:
-    """The resolved YAML of one of lm-eval's tasks, by its path below the task folder, with its functions imported."""
+def task_config(path: str | Path) -> dict:
+    """The resolved YAML of a task, by its path (below lm-eval's task folder, or absolute), with its functions imported."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
     with quiet():
@@ -167,18 +191,9 @@ def load_task(config: dict, splits: dict | None = None):
 def hub_dataset(path: str, name: str | None, remedy: str):
     """(dataset, revision) from the hub or the local hub cache; raises Refusal with `remedy` when neither has it."""
     import datasets
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import RepositoryNotFoundError
 
-    options = {}
-    try:
-        revision = options["revision"] = HfApi().dataset_info(path, timeout=HUB_TIMEOUT).sha
-    except RepositoryNotFoundError as error:
-        raise Refusal(f"The hub has no data set {path}, or it is gated. {remedy}") from error
-    except Exception as error:  # each transport library has its own errors for "no network"
-        if not _cached(path):
-            raise Refusal(f"{path} cannot be loaded: the hub cannot be reached and the data was never downloaded here. {remedy}") from error
-        revision, options["download_config"] = "cached", datasets.DownloadConfig(local_files_only=True)
+    revision, online = hub_revision(path, remedy)
+    options = {"revision": revision} if online else {"download_config": datasets.DownloadConfig(local_files_only=True)}
     try:
         with quiet():
             return datasets.load_dataset(path, name, **options), revision
@@ -186,16 +201,20 @@ def hub_dataset(path: str, name: str | None, remedy: str):
         raise Refusal(f"{path} {name or ''} cannot be loaded: {str(error).strip().splitlines()[0]} {remedy}") from error
 
 
-def _cached(path: str) -> bool:
-    """Whether anything of a hub data set lies in the local caches; asking the data library takes half a minute without a network."""
-    import datasets
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+def hub_revision(path: str, remedy: str) -> tuple[str, bool]:
+    """(revision of a hub data set, whether the hub was reached); Refusal with `remedy` if it is neither there nor in the cache.
 
-    owner = path.split("/")[0].lower()
-    if any(Path(datasets.config.HF_DATASETS_CACHE).glob(f"{owner}___*")):
-        return True
+    Asked before the data library is: that one retries for half a minute before it admits that there is no network.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
+
     try:
-        return bool(snapshot_download(path, repo_type="dataset", local_files_only=True))
-    except LocalEntryNotFoundError:
-        return False
+        return HfApi().dataset_info(path, timeout=HUB_TIMEOUT).sha, True
+    except RepositoryNotFoundError as error:
+        raise Refusal(f"The hub has no data set {path}, or it is gated. {remedy}") from error
+    except Exception as error:  # each transport library has its own errors for "no network"
+        try:
+            return Path(snapshot_download(path, repo_type="dataset", local_files_only=True)).name, False
+        except LocalEntryNotFoundError:
+            raise Refusal(f"{path} cannot be loaded: the hub cannot be reached and the data was never downloaded here. {remedy}") from error

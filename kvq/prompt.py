@@ -34,10 +34,10 @@ def stop_ids(lm) -> list[int]:
 def render(tokenizer, text: str, chat: bool, thinking: bool = False) -> list[int]:
     """Token ids of one user turn under the chat template, or of the bare text with the tokenizer's own special tokens."""
     if not chat:
-        return tokenizer(text)["input_ids"]
+        return tokenizer(text, verbose=False)["input_ids"]
     turn = [{"role": "user", "content": text}]
     wrapped = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True, enable_thinking=thinking)
-    return tokenizer(wrapped, add_special_tokens=False)["input_ids"]
+    return tokenizer(wrapped, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def fit(tokenizer, text: str, budget: int, chat: bool, thinking: bool = False) -> tuple[list[int], int]:
@@ -50,7 +50,7 @@ def fit(tokenizer, text: str, budget: int, chat: bool, thinking: bool = False) -
     length = len(ids)
     if length <= budget:
         return ids, length
-    body = tokenizer(text, add_special_tokens=False)["input_ids"]
+    body = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     room = budget - (length - len(body))
     while room > 0:
         ids = render(tokenizer, _without_middle(tokenizer, body, room), chat, thinking)

@@ -13,6 +13,7 @@ Inherited from lm-eval and upstream: ROUGE-L of two sentences of about 1,000 wor
 recursion error; without the package python-Levenshtein the code similarity uses difflib, whose ratio differs slightly.
 """
 
+import functools
 import hashlib
 import json
 from collections.abc import Iterator
@@ -24,10 +25,10 @@ from kvq.prompt import FirstLine, first_line, fit, left_pad, stop_ids, until_sto
 from kvq.records import Example, Record
 
 CATEGORIES = {
-    "narrativeqa": "single", "qasper": "single", "multifieldqa_en": "single", "multifieldqa_zh": "single",
-    "hotpotqa": "multi", "2wikimqa": "multi", "musique": "multi", "dureader": "multi",
+    "narrativeqa": "single-doc QA", "qasper": "single-doc QA", "multifieldqa_en": "single-doc QA", "multifieldqa_zh": "single-doc QA",
+    "hotpotqa": "multi-doc QA", "2wikimqa": "multi-doc QA", "musique": "multi-doc QA", "dureader": "multi-doc QA",
     "gov_report": "summarization", "qmsum": "summarization", "multi_news": "summarization", "vcsum": "summarization",
-    "trec": "fewshot", "triviaqa": "fewshot", "samsum": "fewshot", "lsht": "fewshot",
+    "trec": "few-shot", "triviaqa": "few-shot", "samsum": "few-shot", "lsht": "few-shot",
     "passage_count": "synthetic", "passage_retrieval_en": "synthetic", "passage_retrieval_zh": "synthetic",
     "lcc": "code", "repobench-p": "code",
 }  # fmt: skip
@@ -46,6 +47,7 @@ GROUPS = {
     "all": list(CATEGORIES),
 }  # fmt: skip
 GROUPS["kivi15"] = sorted(GROUPS["kivi15"], key=list(CATEGORIES).index)
+VALID = [*CATEGORIES, *(f"{name}_e" for name in LENGTH_BALANCED)]
 BARE = ("trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p")  # no chat template: LongBench, pred.py
 HUB = "Xnhyacinth/LongBench"
 EMBEDDED_EXAMPLES = 20  # per subset, when no limit is given
@@ -55,15 +57,17 @@ REMEDY = "Pass task.data=<folder with one <subset>.jsonl or .parquet each, in Lo
 class LongBench:
     """data: `hub`, `embedded`, or a folder holding <subset>.jsonl or <subset>.parquet in upstream's columns.
 
-    subsets: a name, a group (gsrq7, blockgtq8, kivi8, kivi15, all) or a list of either. limit: first examples per subset.
+    subsets: a name, a group (gsrq7, blockgtq8, kivi8, kivi15, all) or a list of either; null: all that the data has. limit: first examples per subset.
     context: prompt and answer together, in tokens (null: all the model has). chat: auto, true or false. max_new_tokens: lowers
     the subsets' own answer caps. chunk: prefill in pieces of this many tokens. Raises Refusal on unknown names.
+    After `check`: sources (subset to where its data came from) and content (a hash of them).
     """
 
     one_pass = False
+    metric = "score"
 
     def __init__(
-        self, data="hub", subsets="all", limit=None, context=None, batch_size=1, seed=0, chat="auto", thinking=False,
+        self, data="hub", subsets=None, limit=None, context=None, batch_size=1, seed=0, chat="auto", thinking=False,
         max_new_tokens=None, strict_stop=False, chunk=None,
     ):  # fmt: skip
         self.data, self.limit, self.context, self.batch_size, self.seed = str(data), limit, context, batch_size, seed
@@ -73,7 +77,7 @@ class LongBench:
         for name, value in (("limit", limit), ("context", context), ("batch_size", batch_size), ("max_new_tokens", max_new_tokens), ("chunk", chunk)):
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise Refusal(f"task.{name}={value} must be a whole number of at least 1.")
-        self.chat, self.subsets = chat, expand(subsets)
+        self.chat, self.subsets = chat, _present(self.data) if subsets is None else expand(subsets)
         self.categories = {subset: CATEGORIES[_plain(subset)] for subset in self.subsets}
         self.sources: dict[str, str] = {}
         self._docs: dict[str, list[dict]] = {}
@@ -87,11 +91,12 @@ class LongBench:
             absent = [subset for subset in self.subsets if subset not in SUBSETS]
             if absent:
                 raise Refusal(f"The embedded data has no {', '.join(absent)}; it has {', '.join(SUBSETS)}.")
-            return
-        for subset in self.subsets:
+            self.sources = dict.fromkeys(self.subsets, f"embedded, seed {self.seed}, code {_embedded_version()}")
+        for subset in self.subsets if self.data != "embedded" else ():
             if subset not in self._docs:
                 rows, self.sources[subset] = _from_hub(subset, self.limit) if self.data == "hub" else _from_folder(self.data, subset, self.limit)
                 self._docs[subset] = _checked(rows, subset, self.sources[subset])
+        self.content = hashlib.sha256(json.dumps(self.sources, sort_keys=True).encode()).hexdigest()[:16]
 
     def examples(self, lm) -> list[Example]:
         """All examples, subset by subset in the data's order; ids are `<subset>/<_id>`, or the row number where ids are not unique."""
@@ -140,6 +145,10 @@ class LongBench:
 
     def _cap(self, subset: str) -> int:
         own = _config(subset)["generation_kwargs"]["max_gen_toks"]
+        if self.data == "embedded":
+            from kvq.standin.suite import NEW_TOKENS
+
+            own = min(own, NEW_TOKENS[subset])  # embedded answers are shorter than upstream's
         return min(own, self.max_new_tokens or own)
 
     def _templated(self, subset: str, tokenizer) -> bool:
@@ -175,21 +184,31 @@ class LongBench:
     def _embed(self, subset: str, lm, context: int) -> None:
         from kvq.standin.suite import generate
 
-        count = self.limit or EMBEDDED_EXAMPLES
-        rows = generate(subset, count, context - self._cap(subset), lm.tokenizer, self.seed)
-        self.sources[subset] = f"embedded, seed {self.seed}"
+        try:
+            rows = generate(subset, self.limit or EMBEDDED_EXAMPLES, context - self._cap(subset), lm.tokenizer, self.seed)
+        except ValueError as error:
+            raise Refusal(f"task.data=embedded: {error} Set task.context.") from error
         self._docs[subset] = _checked(rows, subset, self.sources[subset])
 
 
 def expand(subsets) -> list[str]:
     """Subset names from a name, a group, or a list of either, without repeats. Raises Refusal listing what exists."""
-    valid = [*CATEGORIES, *(f"{name}_e" for name in LENGTH_BALANCED)]
     names = [subsets] if isinstance(subsets, str) else list(subsets or [])
-    unknown = [name for name in names if name not in GROUPS and name not in valid]
+    unknown = [name for name in names if name not in GROUPS and name not in VALID]
     if unknown or not names:
         what = f"no subset {', '.join(map(str, unknown))}" if unknown else "nothing to do with an empty list of subsets"
         raise Refusal(f"LongBench has {what}. Groups: {', '.join(GROUPS)}. Subsets: {', '.join(CATEGORIES)}; with _e: {', '.join(LENGTH_BALANCED)}.")
     return list(dict.fromkeys(subset for name in names for subset in GROUPS.get(name, [name])))
+
+
+@functools.cache
+def _embedded_version() -> str:
+    """16 hex digits over the code and the text that the embedded examples are made from."""
+    import kvq.standin
+
+    folder = Path(kvq.standin.__file__).parent
+    files = sorted(file for pattern in ("*.py", "text/*") for file in folder.glob(pattern))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
 def _plain(subset: str) -> str:
@@ -218,27 +237,39 @@ def _from_hub(subset: str, limit: int | None) -> tuple[list[dict], str]:
 
 
 def _from_folder(data: str, subset: str, limit: int | None) -> tuple[list[dict], str]:
-    folder = Path(data).expanduser()
-    if not folder.is_dir():
-        raise Refusal(f"task.data={data} is not a folder. {REMEDY}")
-    file = next((f for f in (folder / f"{subset}.jsonl", folder / f"{subset}.parquet") if f.is_file()), None)
+    from kvq.lmeval import find_file, read_file
+
+    folder = _folder(data)
+    file = find_file(folder, subset)
     if file is None:
         present = ", ".join(sorted(f.name for f in folder.iterdir())[:8]) or "nothing"
         raise Refusal(f"{folder} has no {subset}.jsonl or {subset}.parquet (it holds {present}). Choose subsets with task.subsets=[...].")
-    if file.suffix == ".parquet":
-        import pyarrow.parquet
-
-        rows = pyarrow.parquet.read_table(file).slice(0, limit).to_pylist()
-    else:
-        rows = []
-        with open(file, encoding="utf-8") as lines:
-            for number, line in enumerate(islice((line for line in lines if line.strip()), limit), 1):
-                try:
-                    rows.append(json.loads(line))
-                except json.JSONDecodeError as error:
-                    raise Refusal(f"{file}, record {number}, is not JSON: {error}.") from error
     with open(file, "rb") as stream:
-        return rows, f"{file.name} sha256:{hashlib.file_digest(stream, 'sha256').hexdigest()[:16]}"
+        return read_file(file, limit), f"{file.name} sha256:{hashlib.file_digest(stream, 'sha256').hexdigest()[:16]}"
+
+
+def _folder(data: str) -> Path:
+    folder = Path(data).expanduser()
+    if not folder.is_dir():
+        raise Refusal(f"task.data={data} is not a folder. {REMEDY}")
+    return folder
+
+
+def _present(data: str) -> list[str]:
+    """The subsets that the data has, in LongBench's order."""
+    if data == "embedded":
+        from kvq.standin.suite import SUBSETS
+
+        return [subset for subset in CATEGORIES if subset in SUBSETS]
+    if data == "hub":
+        return list(CATEGORIES)
+    from kvq.lmeval import find_file
+
+    folder = _folder(data)
+    found = [subset for subset in VALID if find_file(folder, subset)]
+    if not found:
+        raise Refusal(f"{folder} has no file called like a LongBench subset. {REMEDY}")
+    return found
 
 
 def _checked(rows: list[dict], subset: str, source: str) -> list[dict]:

@@ -1,0 +1,255 @@
+"""Any task of lm-eval by name, scored example by example on the quantized cache, so that a stopped run resumes.
+
+Prompts, shots, filters and metrics are lm-eval's. A record holds every metric that lm-eval averages over examples, in lm-eval's unit
+(mostly 0 to 1), and `score`, in percent: 100 times acc_norm where the task has it, else its first metric.
+"""
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+from kvq.errors import Refusal
+from kvq.records import Example, Record
+
+ONE_PASS = ("loglikelihood", "multiple_choice")
+OFFLINE = "Run it once where there is a network (the data is then cached; HF_HUB_OFFLINE=1 reads the cache without asking), or pass task.data=<folder with <task>/<split>.jsonl or .parquet>."
+LOADERS = ("json", "parquet", "csv", "text", "arrow")  # local files through the data library: no hub involved
+
+
+class LMEval:
+    """tasks: names of lm-eval tasks, groups or tags. num_fewshot: one number, or {name: number} (null: the task's own).
+
+    A group that lm-eval averages over examples (mmlu) is one subset; of any other group or tag each task is a subset.
+    data: `hub`, or a folder with <task>/<split>.jsonl or .parquet. include_path: folder with task YAMLs of your own.
+    fewshot_seed: draws the shots (1234 is lm-eval's). chat: wrap prompts in the chat template. Raises Refusal on unknown names.
+    """
+
+    metric = "score"
+
+    def __init__(
+        self, tasks, num_fewshot=None, limit=None, batch_size=1, data="hub", include_path=None, chat=False, max_new_tokens=None,
+        fewshot_seed=1234, chunk=None,
+    ):  # fmt: skip
+        from kvq.lmeval import manager
+
+        self.names = [tasks] if isinstance(tasks, str) else list(tasks or [])
+        if not self.names:
+            raise Refusal("task=lm_eval needs task.tasks=[<names of lm-eval tasks>], for example task.tasks=[arc_easy,piqa].")
+        if data == "embedded":
+            raise Refusal("lm-eval's tasks have no embedded data: use task.data=hub or a folder.")
+        self.num_fewshot, self.limit, self.batch_size, self.data = num_fewshot, limit, batch_size, str(data)
+        self.chat, self.max_new_tokens, self.fewshot_seed, self.chunk = chat, max_new_tokens, fewshot_seed, chunk
+        if include_path and not Path(include_path).is_dir():
+            raise Refusal(f"task.include_path={include_path} is not a folder.")
+        self.manager = manager(tuple(self.names), include_path)
+        self.leaves = {name: _leaves(self.manager.task_index, name) for name in self.names}
+        named = list(num_fewshot) if isinstance(num_fewshot, dict) else []
+        if unknown := [name for name in named if name not in self.names]:
+            raise Refusal(f"task.num_fewshot names {', '.join(unknown)}, which task.tasks does not hold.")
+        self.subset_of, self.categories = {}, {}
+        for name, leaves in self.leaves.items():
+            pooled = _pooled(self.manager.task_index[name].cfg)
+            for leaf in leaves:
+                self.subset_of[leaf] = name if pooled else leaf
+                self.categories[self.subset_of[leaf]] = name
+        kinds = {leaf: cfg.get("output_type", "generate_until") for leaves in self.leaves.values() for leaf, cfg in leaves.items()}
+        rolling = [leaf for leaf, kind in kinds.items() if kind == "loglikelihood_rolling"]
+        if rolling:
+            raise Refusal(f"{', '.join(rolling)} measures perplexity over whole documents, not per example: use task=perplexity.")
+        self.one_pass = any(kind in ONE_PASS for kind in kinds.values())
+        self._tasks: dict = {}
+
+    def check(self) -> None:
+        """Load the data before any model: raises Refusal for a missing folder, file, split, or network."""
+        if self._tasks:
+            return
+        sources = {}
+        if self.data == "hub":
+            from kvq.lmeval import hub_revision
+
+            for leaf, cfg in self._all_leaves().items():
+                path = cfg.get("dataset_path")
+                if path and path not in LOADERS and not Path(path).exists() and path not in sources:
+                    sources[path] = hub_revision(path, f"{leaf}: {OFFLINE}")[0]
+        for name in self.names:
+            self._load(name, sources)
+        for leaf, task in self._tasks.items():
+            self._shots(leaf, task)
+            if task.OUTPUT_TYPE == "generate_until" and self.max_new_tokens:
+                task.set_config("generation_kwargs", {"max_gen_toks": self.max_new_tokens}, update=True)
+            if not _averaged(task):
+                raise Refusal(f"{leaf} has only metrics over the whole set ({', '.join(task.aggregation())}), none per example; it is not supported.")
+        self.content = hashlib.sha256(json.dumps(sources, sort_keys=True).encode()).hexdigest()[:16]
+
+    def examples(self, lm) -> list[Example]:
+        """One example per document; ids are `<task>/<row>`, payload is the document's requests."""
+        from kvq.lmeval import CachedLM, quiet
+
+        self.check()
+        adapter = CachedLM(lm)
+        if self.chat and not lm.tokenizer.chat_template:
+            raise Refusal(f"task.chat=true, but the tokenizer of {lm.name} has no chat template.")
+        examples = []
+        for leaf, task in self._tasks.items():
+            if task.OUTPUT_TYPE == "generate_until":
+                cap = (task.config.generation_kwargs or {}).get("max_gen_toks", adapter.max_gen_toks)
+                if cap >= lm.max_length:
+                    raise Refusal(f"{leaf} may answer with {cap} tokens but {lm.name} holds {lm.max_length}: set task.max_new_tokens.")
+            # Shots are drawn document after document from one generator: build from the first, also when resuming.
+            template = {"apply_chat_template": True, "chat_template": adapter.apply_chat_template} if self.chat else {}
+            task.set_fewshot_seed(self.fewshot_seed)
+            with quiet():
+                task.build_all_requests(limit=self.limit, **template)
+            documents = defaultdict(list)
+            for request in task.instances:
+                documents[request.doc_id].append(request)
+            examples += [Example(f"{leaf}/{row}", self.subset_of[leaf], (leaf, requests)) for row, requests in documents.items()]
+        return examples
+
+    def run(self, lm, examples: list[Example]) -> Iterator[Record]:
+        """Score in chunks of a few batches, longest prompts first; yields the records of a chunk as soon as it is done."""
+        from kvq.lmeval import CachedLM, quiet
+
+        adapter = CachedLM(lm, self.batch_size, self.chunk)
+        groups = defaultdict(list)
+        for example in examples:
+            groups[example.payload[0]].append(example)
+        for leaf, group in groups.items():
+            task = self._tasks[leaf]
+            group.sort(key=lambda e: -sum(len(str(argument)) for argument in e.payload[1][0].arguments))
+            size = self.batch_size if task.OUTPUT_TYPE == "generate_until" else 4 * self.batch_size
+            for start in range(0, len(group), size):
+                chunk = group[start : start + size]
+                with quiet():
+                    _answer(task, adapter, [request for e in chunk for request in e.payload[1]])
+                    records = [self._record(e, task, adapter) for e in chunk]
+                yield from records
+
+    def _record(self, example: Example, task, adapter) -> Record:
+        leaf, requests = example.payload
+        requests = sorted(requests, key=lambda request: request.idx)
+        doc, metrics, prediction = requests[0].doc, {}, None
+        keep = _averaged(task)
+        for number, key in enumerate(requests[0].filtered_resps):
+            answers = [request.filtered_resps[key] for request in requests]
+            for name, value in task.process_results(doc, answers).items():
+                if name in keep:
+                    metrics[name if number == 0 else f"{name}/{key}"] = float(value)
+            if number == 0:
+                prediction = answers
+        main = "acc_norm" if "acc_norm" in metrics else next(iter(metrics))
+        cut = any(request.arguments[0] in adapter.truncated for request in requests)
+        return {
+            "id": example.id, "subset": example.subset, "metrics": {"score": 100 * metrics[main], **metrics},
+            "prediction": _text(prediction), "target": _plain(task.doc_to_target(doc)),
+            "score_is": main, "shots": task.config.num_fewshot, "truncated": "left" if cut else None,
+        }  # fmt: skip
+
+    def _all_leaves(self) -> dict[str, dict]:
+        return {leaf: cfg for leaves in self.leaves.values() for leaf, cfg in leaves.items()}
+
+    def _shots(self, leaf: str, task) -> None:
+        """lm-eval's rule: the number asked for, else the task's own, else 0; a task that fixes 0 shots keeps 0."""
+        owner = next(name for name, leaves in self.leaves.items() if leaf in leaves)
+        asked = self.num_fewshot.get(owner) if isinstance(self.num_fewshot, dict) else self.num_fewshot
+        own = task.config.num_fewshot
+        if asked and own == 0:
+            raise Refusal(f"{leaf} fixes its number of shots at 0 (its prompt holds its own); drop it from task.num_fewshot.")
+        task.set_config("num_fewshot", own or 0 if asked is None else asked)
+
+    def _load(self, name: str, sources: dict) -> None:
+        from kvq.lmeval import load_task, quiet, task_config
+
+        if self.data != "hub":
+            for leaf, cfg in self.leaves[name].items():
+                config = task_config(self.manager.task_index[leaf].yaml_path)
+                self._tasks[leaf] = load_task(config, _splits(Path(self.data).expanduser(), leaf, config, sources))
+            return
+        try:
+            with quiet():
+                self._tasks.update(self.manager.load([name])["tasks"])
+        except (ImportError, OSError, ValueError) as error:
+            raise Refusal(f"lm-eval's {name} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+
+
+def _answer(task, adapter, requests) -> None:
+    """Run the requests of one task through the model and its filters."""
+    for request in requests:
+        request.resps.clear()
+    kind = requests[0].request_type
+    repeated = [request for request in requests for _ in range(request.repeats or 1)]
+    for request, answer in zip(repeated, getattr(adapter, kind)(repeated, disable_tqdm=True), strict=True):
+        request.resps.append(answer)
+    for ensemble in task._filters:
+        ensemble.apply(requests)
+
+
+def _averaged(task) -> list[str]:
+    """Metrics whose value over a set is the mean over examples."""
+    from lm_eval.api.metrics import mean
+
+    return [name for name, aggregate in task.aggregation().items() if aggregate is mean]
+
+
+def _leaves(index: dict, name: str) -> dict[str, dict]:
+    """Task name to config (functions unresolved) for a task, group or tag, groups unfolded."""
+    entry = index[name]
+    if entry.tags and entry.cfg is None:
+        return {leaf: index[leaf].cfg for leaf in sorted(entry.tags)}
+    if "group" not in entry.cfg:
+        return {name: entry.cfg}
+    leaves = {}
+    for child in entry.cfg["task"]:
+        child_name = child if isinstance(child, str) else child.get("task", child.get("group"))
+        if child_name not in index:
+            raise Refusal(f"The group {name} defines tasks of its own ({child_name}); name one of lm-eval's single tasks instead.")
+        leaves.update(_leaves(index, child_name))
+    return leaves
+
+
+def _pooled(config: dict | None) -> bool:
+    """Whether lm-eval scores this group by the mean over all its examples."""
+    metrics = (config or {}).get("aggregate_metric_list") or []
+    metrics = [metrics] if isinstance(metrics, dict) else metrics
+    return bool(metrics) and all(metric.get("weight_by_size", True) for metric in metrics)
+
+
+def _splits(folder: Path, leaf: str, config: dict, sources: dict) -> dict:
+    """{split: Dataset} from <folder>/<leaf>/<split>.jsonl or .parquet; splits that only shots need may be absent, then unset."""
+    from datasets import Dataset
+
+    from kvq.lmeval import find_file, read_file
+
+    if not (folder / leaf).is_dir():
+        raise Refusal(f"task.data={folder} has no folder {leaf}. {OFFLINE}")
+    scored = "test_split" if config.get("test_split") else "validation_split"
+    splits = {}
+    for role in ("training_split", "validation_split", "test_split", "fewshot_split"):
+        split = config.get(role)
+        if not split:
+            continue
+        file = find_file(folder / leaf, split)
+        if file:
+            splits[split] = Dataset.from_list(read_file(file))
+            sources[f"{leaf}/{split}"] = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+        elif role == scored:
+            raise Refusal(f"{folder / leaf} has no {split}.jsonl or {split}.parquet, the split that {leaf} is scored on.")
+        else:
+            config[role] = None
+    return splits
+
+
+def _text(answers: list) -> str:
+    """What was scored, as text: the answer, or the likelihoods of the choices in nats."""
+    if len(answers) == 1 and isinstance(answers[0], str):
+        return answers[0]
+    return json.dumps(_plain(answers))
+
+
+def _plain(value):
+    """JSON-ready."""
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
