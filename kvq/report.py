@@ -9,15 +9,26 @@ from rich.table import Table
 WIDTH = 150
 
 
-def show(frame: pd.DataFrame, console: Console | None = None) -> pd.DataFrame:
+def _console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else WIDTH)
+
+
+def say(sentence: str) -> None:
+    """Print one line for the user."""
+    _console().print(sentence, highlight=False)
+
+
+def show(frame: pd.DataFrame) -> pd.DataFrame:
     """Print `frame` (one run) and return it."""
-    console = console or Console(width=None if sys.stdout.isatty() else WIDTH)
+    console = _console()
     first = frame.iloc[0]
     once = frame[frame.subset == "run"].set_index("metric")["value"]
     table = Table(title=f"{first.task} · {first['quant']} · {first.model} · data={first['data']}", title_justify="left")
     paired = [m for m in frame.metric.unique() if m.endswith("_minus_fp16")]
     main = paired[0].removesuffix("_minus_fp16") if paired else frame[frame.subset != "run"].metric.iloc[0]
-    others = [m for m in frame[frame.subset != "run"].metric.unique() if not m.startswith(f"{main}_") and m != main]
+    scores = frame[frame.subset != "run"]
+    everywhere = scores.groupby("metric", sort=False)["subset"].nunique() == scores["subset"].nunique()
+    others = [m for m in everywhere.index[everywhere] if not m.startswith(f"{main}_") and m != main]
     for name in ("subset", main, "fp16", "minus fp16", *others, "n"):
         table.add_column(name, justify="left" if name == "subset" else "right")
     for subset, rows in frame[frame.subset != "run"].groupby("subset", sort=False):
@@ -39,4 +50,6 @@ def _cell(cells: pd.DataFrame, metric: str) -> str:
     if metric not in cells.index:
         return ""
     value, stderr = cells.loc[metric, "value"], cells.loc[metric, "stderr"]
+    if pd.isna(stderr):
+        return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
     return f"{value:.3f} ± {stderr:.3f}" if abs(value) < 10 else f"{value:.1f} ± {stderr:.1f}"

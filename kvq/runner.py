@@ -1,7 +1,6 @@
 """The only place where model, codecs, task and results meet: one resolved config in, one parquet out."""
 
 import json
-import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,6 @@ from tqdm import tqdm
 from kvq import calibrate, models, report, results, statistics, store
 from kvq.errors import Refusal
 
-log = logging.getLogger(__name__)
 EVERYTHING = ("calib", "seed")
 """What a codec depends on unless it says otherwise with `depends_on`: an fp16 row is the same for every calibration and seed."""
 
@@ -73,7 +71,7 @@ def run(cfg: DictConfig, choices: dict[str, str]) -> pd.DataFrame:
     folder = Path(cfg.results) / "runs"
     path = folder / f"{cell.run}.parquet"
     if path.is_file() and not cfg.force:
-        log.info("run %s is finished; force=true repeats it", cell.run)
+        report.say(f"run {cell.run} is finished; force=true repeats it")
         return report.show(results.read(path))
     reference = None
     if not cell.is_reference:

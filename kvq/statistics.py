@@ -9,15 +9,15 @@ RESAMPLES = 2000
 def summarize(records: list[dict]) -> pd.DataFrame:
     """Records to one row per (subset, metric): value, stderr of the mean, n; then `average` over subsets for each metric they share.
 
-    The average is the unweighted mean of subset means, its standard error the root sum of squares over the number of subsets.
+    One example has no standard error (NaN). The average is the unweighted mean of subset means, its standard error the root sum of squares over the number of subsets.
     """
     long = pd.DataFrame([{"subset": r["subset"], "metric": m, "x": float(v)} for r in records for m, v in r["metrics"].items()])
     table = long.groupby(["subset", "metric"], sort=False)["x"].agg(value="mean", std="std", n="size").reset_index()
-    table["stderr"] = (table.pop("std") / np.sqrt(table["n"])).fillna(0.0)
+    table["stderr"] = table.pop("std") / np.sqrt(table["n"])
     subsets = table["subset"].nunique()
     if subsets > 1:
         shared = table.groupby("metric").filter(lambda g: len(g) == subsets)
-        average = shared.groupby("metric", sort=False).agg(value=("value", "mean"), stderr=("stderr", lambda s: float(np.sqrt((s**2).sum()) / len(s))), n=("n", "sum"))
+        average = shared.groupby("metric", sort=False).agg(value=("value", "mean"), stderr=("stderr", lambda s: float(np.sqrt((s**2).sum(skipna=False)) / len(s))), n=("n", "sum"))
         table = pd.concat([table, average.reset_index().assign(subset="average")], ignore_index=True)
     return table[["subset", "metric", "value", "stderr", "n"]]
 
@@ -38,7 +38,7 @@ def paired(records: list[dict], reference: list[dict], metric: str, seed: int = 
         d = group["d"].to_numpy()
         resampled = d[rng.integers(len(d), size=(RESAMPLES, len(d)))].mean(axis=1)
         draws.append(resampled)
-        rows.append((subset, d.mean(), resampled.std(), len(d)))
+        rows.append((subset, d.mean(), resampled.std() if len(d) > 1 else np.nan, len(d)))
     if len(rows) > 1:
-        rows.append(("average", np.mean([r[1] for r in rows]), np.mean(draws, axis=0).std(), len(frame)))
+        rows.append(("average", np.mean([r[1] for r in rows]), np.mean(draws, axis=0).std() if len(frame) > len(rows) else np.nan, len(frame)))
     return pd.DataFrame(rows, columns=["subset", "value", "stderr", "n"])
