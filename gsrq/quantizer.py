@@ -131,7 +131,10 @@ class GSRQ(nn.Module):
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> dict[str, Tensor]:
-        """Codes {"codes": uint8 [B, 1, T, pieces * stages * log2(entries) / 8]} of x [B, H, T, D]; raises ValueError if x is not finite."""
+        """Codes {"codes": uint8 [B, 1, T, pieces * stages * log2(entries) / 8]} of x [B, H, T, D]; raises ValueError if x is not finite.
+
+        A token's codes do not depend on its neighbours, up to float32 rounding of matrix products of different sizes at exact ties.
+        """
         _finite(x, "vectors to encode")
         codes = rvq.encode(_cut(x.float() / self.scale, self.codebooks.shape[-1]), self.codebooks, self.beam)  # [M, B*T, R]
         codes = codes.transpose(0, 1).reshape(x.shape[0], 1, x.shape[2], -1)  # piece-major, stages inside
@@ -165,8 +168,7 @@ def _shape(bits: float, piece: int | None, stages: int | None, code_bits: int) -
         near = [f"{step * r:g}" for r in (math.floor(exact), math.ceil(exact)) if r]
         paper = ", or 0.375, 0.5, 0.75, 1, 2, 4 as in the paper" if (code_bits, piece) == (8, PIECE) else ""
         raise ValueError(
-            f"bits={bits:g} is not reachable: with {2**code_bits} entries and pieces of {piece} it must be a multiple of {step:g}"
-            f" (nearest: {' and '.join(near)}){paper}."
+            f"bits={bits:g} is not reachable: with {2**code_bits} entries and pieces of {piece} it must be a multiple of {step:g} (nearest: {' and '.join(near)}){paper}."
         )
     if stages is not None and stages != exact:
         raise ValueError(f"piece={piece} with stages={stages} is {stages * code_bits / piece:g} bits, but bits={bits:g} asks for {int(exact)} stages.")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 STARTS = ("random", "kmeans++", "spherical", "equal_norm")
 EPS = 1e-12  # relative to the largest norm: shorter vectors have no direction
-SCORES = 2**18  # scores held at once on a CPU (1 MiB, about a cache); a GPU gets 256 times as many
+SCORES = 2**21  # scores held at once on a CPU (8 MiB); a GPU gets 32 times as many
 SEEDING = 32  # k-means++ and the spherical warm-up look at no more than this many random vectors per entry
 
 Update = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -34,7 +34,7 @@ def nearest(x: Tensor, entries: Tensor, *, cosine: bool = False) -> tuple[Tensor
     With `cosine` the norms of the entries are ignored and the score is x.c. Ties go to either entry.
     """
     bias = torch.zeros_like(entries[:, None, :, 0]) if cosine else entries.square().sum(-1)[:, None] * -0.5
-    step = max(1, SCORES * (256 if x.is_cuda else 1) // (entries.shape[0] * entries.shape[1]))
+    step = max(1, SCORES * (32 if x.is_cuda else 1) // (entries.shape[0] * entries.shape[1]))
     labels, scores = torch.empty(x.shape[:2], dtype=torch.int64, device=x.device), x.new_empty(x.shape[:2])
     for begin in range(0, x.shape[1], step):
         rows = slice(begin, begin + step)
@@ -47,22 +47,8 @@ def sums(x: Tensor, weights: Tensor, labels: Tensor, entries: int) -> tuple[Tens
 
     x [G, N, D], weights [G, N], labels [G, N] int64.
     """
-    groups, n, width = x.shape
-    if not x.is_cuda:
-        flat = (labels + torch.arange(groups)[:, None] * entries).flatten()
-        mass = x.new_zeros(groups * entries).index_add_(0, flat, weights.flatten())
-        total = x.new_zeros(groups * entries, width).index_add_(0, flat, (x * weights[..., None]).flatten(0, 1))
-        return mass.view(groups, entries), total.view(groups, entries, width)
     # Atomic additions would make two calibrations with one seed differ, so a GPU multiplies by the one-hot matrix.
-    mass, total = x.new_zeros(groups, entries), x.new_zeros(groups, entries, width)
-    step = max(1, SCORES * 256 // (groups * entries))
-    for begin in range(0, n, step):
-        rows = slice(begin, begin + step)
-        member = torch.zeros(*labels[:, rows].shape, entries, device=x.device)
-        member.scatter_(2, labels[:, rows, None], weights[:, rows, None])
-        mass += member.sum(1)
-        total += member.mT @ x[:, rows]
-    return mass, total
+    return (_sums_one_hot if x.is_cuda else _sums_scatter)(x, weights, labels, entries)
 
 
 def mean(x: Tensor, weights: Tensor, inverse: Tensor, labels: Tensor, entries: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,7 +65,7 @@ def start(x: Tensor, weights: Tensor, inverse: Tensor, entries: int, how: str, w
     """First entries [G, K, D] for x [G, N, D], weights [G, N] and inverse norms [G, N] (0 for a zero vector).
 
     random: K distinct members. kmeans++: members drawn one by one in proportion to their weighted squared distance.
-    spherical: random directions, `warmup` rounds of spherical k-means, then the mean projection of the members as gain.
+    spherical: random directions, `warmup` rounds of spherical k-means (on SEEDING vectors per entry), then the members' mean projection as gain.
     equal_norm: random directions with one common gain, the mean projection. Zero vectors are chosen last.
     """
     if how == "kmeans++":
@@ -122,8 +108,8 @@ def cluster(
     """Alternate L2 assignment and `update` for G independent groups; keep the best iterate of each group.
 
     x [G, N, D] and weights [G, N] (None: all one), float32. `rounds` counts updates; with rounds=0 the start is returned
-    (start="spherical", warmup=T, rounds=0 is spherical k-means with projection gains). A group stops when no assignment changes
-    or when a round lowers its best weighted squared error by less than the fraction `tolerance`. An empty entry takes
+    (start="spherical", warmup=T, rounds=0 is spherical k-means with projection gains). A group stops when no assignment changes or,
+    with tolerance > 0, when a round lowers its best weighted squared error by less than that fraction. An empty entry takes
     the direction of a vector drawn in proportion to its weighted error, with the median gain of its group (`empty`="reseed"),
     or stays (`empty`="keep"). Draws come from `generator` (a CPU generator). Raises ValueError for N < K and unknown options.
     """
@@ -151,7 +137,8 @@ def cluster(
             gain = lowest[group] - totals[i]
             if gain > 0:
                 best[group], lowest[group] = centres[i], totals[i]
-            still[i] = still[i] and not gain <= tolerance * totals[i] * (done > 0)
+            if tolerance > 0 and done > 0 and gain <= tolerance * totals[i]:
+                still[i] = False
         if done == rounds or not any(still):
             break
         if not all(still):
@@ -174,6 +161,27 @@ def kmeans(x: Tensor, entries: int, weights: Tensor | None = None, *, start: str
 
 
 _start = start  # `cluster` has an argument of this name
+
+
+def _sums_scatter(x: Tensor, weights: Tensor, labels: Tensor, entries: int) -> tuple[Tensor, Tensor]:
+    groups, _, width = x.shape
+    flat = (labels + torch.arange(groups)[:, None] * entries).flatten()
+    mass = x.new_zeros(groups * entries).index_add_(0, flat, weights.flatten())
+    total = x.new_zeros(groups * entries, width).index_add_(0, flat, (x * weights[..., None]).flatten(0, 1))
+    return mass.view(groups, entries), total.view(groups, entries, width)
+
+
+def _sums_one_hot(x: Tensor, weights: Tensor, labels: Tensor, entries: int) -> tuple[Tensor, Tensor]:
+    groups, n, width = x.shape
+    mass, total = x.new_zeros(groups, entries), x.new_zeros(groups, entries, width)
+    step = max(1, SCORES * 32 // (groups * entries))
+    for begin in range(0, n, step):
+        rows = slice(begin, begin + step)
+        member = x.new_zeros(*labels[:, rows].shape, entries)
+        member.scatter_(2, labels[:, rows, None], weights[:, rows, None])
+        mass += member.sum(1)
+        total += member.mT @ x[:, rows]
+    return mass, total
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ def encode(x: Tensor, codebooks: Tensor, beam: int = 1) -> Tensor:
     stages, entries = codebooks.shape[1:3]
     codes = torch.empty(*x.shape[:2], stages, dtype=torch.int64, device=x.device)
     # A beam's chunk shrinks with its width; a greedy chunk is bounded inside `nearest`, and by its own copy of x here.
-    step = max(1, SCORES * (256 if x.is_cuda else 1) // (x.shape[0] * max(beam * entries, x.shape[2])))
+    step = max(1, SCORES * (32 if x.is_cuda else 1) // (x.shape[0] * max(beam * entries, x.shape[2])))
     for begin in range(0, x.shape[1], step):
         rows = slice(begin, begin + step)
         search = _greedy if beam == 1 else _beam

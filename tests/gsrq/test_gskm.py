@@ -61,9 +61,7 @@ def test_equal_norms_make_it_lloyds_step(points):
     x, weights, _, labels, entries = points
     x = 3 * torch.nn.functional.normalize(x, dim=-1)
     inverse = 1 / x.norm(dim=-1)
-    torch.testing.assert_close(
-        gain_shape(x, weights, inverse, labels, entries)[0], mean(x, weights, inverse, labels, entries)[0]
-    )
+    torch.testing.assert_close(gain_shape(x, weights, inverse, labels, entries)[0], mean(x, weights, inverse, labels, entries)[0])
 
 
 def test_constant_weights_change_nothing(points):
@@ -72,9 +70,7 @@ def test_constant_weights_change_nothing(points):
     for weights in (torch.ones(2, 400), torch.full((2, 400), 4.0)):
         torch.testing.assert_close(gskm(x, 8, weights, rounds=5, generator=seeded()).entries, plain)
     weights = points[1]
-    torch.testing.assert_close(
-        gskm(x, 8, weights, rounds=5, generator=seeded()).entries, gskm(x, 8, 8 * weights, rounds=5, generator=seeded()).entries
-    )
+    torch.testing.assert_close(gskm(x, 8, weights, rounds=5, generator=seeded()).entries, gskm(x, 8, 8 * weights, rounds=5, generator=seeded()).entries)
 
 
 def test_scaling_the_data_scales_the_gains(points):

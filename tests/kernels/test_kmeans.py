@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+import kernels.kmeans as kmeans_module
 from kernels.kmeans import STARTS, cluster, kmeans, mean, nearest, start, sums
 
 
@@ -53,6 +54,26 @@ def test_lloyd_step_and_captured_energy():
     lost = (weights * (x - own).square().sum(-1)).sum(1)
     kept = (mass * entries.square().sum(-1)).sum(1)
     torch.testing.assert_close(lost + kept, (weights * x.square().sum(-1)).sum(1), rtol=1e-4, atol=0)
+
+
+def test_both_ways_of_summing_agree(monkeypatch):
+    x, weights = blobs(), torch.rand(2, 600, generator=seeded(2))
+    labels, _ = nearest(x, x[:, :7])
+    monkeypatch.setattr(kmeans_module, "SCORES", 20)
+    for scattered, product in zip(kmeans_module._sums_scatter(x, weights, labels, 7), kmeans_module._sums_one_hot(x, weights, labels, 7), strict=True):
+        torch.testing.assert_close(scattered, product, rtol=1e-4, atol=1e-4)
+
+
+def test_without_tolerance_a_rise_does_not_stop_the_rounds():
+    x = blobs(groups=1)
+
+    def drift(x, weights, inverse, labels, entries):
+        return 1.3 * entries, torch.ones_like(entries[..., 0])
+
+    options = {"update": drift, "rounds": 5, "generator": seeded()}
+    found = cluster(x, 8, **options)
+    assert len(found.objective[0]) > 2 and found.objective[0][-1] > found.objective[0][0]
+    assert torch.equal(found.entries, cluster(x, 8, update=mean, rounds=0, generator=seeded()).entries)
 
 
 @pytest.mark.parametrize("how", STARTS)
