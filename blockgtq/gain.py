@@ -25,6 +25,14 @@ def prepare(x: Tensor, mean: Tensor | None) -> Tensor:
     return x if mean is None else x - mean[:, None]
 
 
+def channel_mean(x: Tensor) -> Tensor:
+    """Mean over tokens of calibration vectors [H, N, D], as [H, D] float32; raises ValueError if it is not finite."""
+    mean = torch.stack([head.double().mean(0) for head in x]).float()
+    if not torch.isfinite(mean).all():
+        raise ValueError("The calibration vectors contain values that are not finite.")
+    return mean
+
+
 def solve_gain(norm: Tensor, inner: Tensor, power: Tensor, gain: str) -> Tensor:
     """Gain from |x|, <x R^T, y> and |y|^2 of the unit-variance code vector y: |x| / |y|, or the least-squares factor."""
     return norm / power.sqrt() if gain == "unit_norm" else inner / power

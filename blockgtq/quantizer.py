@@ -14,7 +14,7 @@ from kernels.scalar import midpoints
 
 from .allocate import allocate, block_budget
 from .energy import SCORES, score_blocks
-from .gain import GAINS, NORM_BYTES, load_norm, prepare, solve_gain, store_norm
+from .gain import GAINS, NORM_BYTES, channel_mean, load_norm, prepare, solve_gain, store_norm
 from .layout import Group, arrange, static_pairs, unrotated
 from .stream import MixedStream
 from .turboquant import CODEBOOKS, TILE, choose, scalar_levels
@@ -90,7 +90,7 @@ class BlockGTQ(nn.Module):
         rest_width = min(max(int(self.code_bits), self.b_min), self.b_max)
         if self.partial == "full":
             pairs, rest = torch.cat([pairs, static_pairs(rest)]), rest[:0]
-        mean = calibration.x.double().mean(1).float() if self.center else None
+        mean = channel_mean(calibration.x) if self.center else None
         keys = calibration.x if mean is None else calibration.x - mean[:, None]
         scores = score_blocks(keys, calibration.queries, pairs.to(device), self.score).cpu()
         widths = allocate(scores, block_budget(len(pairs), self.code_bits), self.b_min, self.b_max)

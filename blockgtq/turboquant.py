@@ -1,4 +1,4 @@
-"""TurboQuant-MSE: a seeded rotation and scalar levels at one rate per head (TurboQuant, arXiv 2504.19874; the encoder of Block-GTQ).
+"""TurboQuant-MSE: a seeded rotation and scalar levels at one rate per head (arXiv 2504.19874), the encoder inside Block-GTQ.
 
 x = n u with n = |x|; y = u R^T has nearly Gaussian coordinates of variance 1/D whatever x is; each is replaced by its nearest
 level, and x is decoded as s (yhat R) with one stored gain s per vector: s = n / |yhat| keeps the length ("unit_norm", the
@@ -14,7 +14,7 @@ from kernels.bitpack import pack, packed_bytes, unpack
 from kernels.rotate import haar, hadamard, hadamard_signs
 from kernels.scalar import MAX_BITS, gaussian_levels, nearest, sphere_levels
 
-from .gain import GAINS, NORM_BYTES, load_norm, prepare, solve_gain, store_norm
+from .gain import GAINS, NORM_BYTES, channel_mean, load_norm, prepare, solve_gain, store_norm
 
 KEY_SEED, VALUE_SEED = 42, 1000  # the public code's seeds for keys and values; the constructor's seed is added
 TILE = 4096  # tokens coded at a time, so that the float64 intermediates stay small beside the cache
@@ -98,7 +98,7 @@ class TurboQuantMSE(nn.Module):
         elif self.rotation_kind == "hadamard":
             self.rotation = hadamard_signs(dim, seed).to(device)
         if self.center:
-            self.mean = calibration.x.double().mean(1).float()
+            self.mean = channel_mean(calibration.x)
         return self
 
     def encode(self, x: Tensor) -> dict[str, Tensor]:

@@ -8,7 +8,8 @@ import torch
 from blockgtq.allocate import allocate, block_budget, objective
 
 WORKED_HEAD = (  # Qwen3-8B, layer 10, KV head 4, mean 3 bits (Figure 1c)
-    "2 4 2 4 2 2 1 3 3 2 3 2 2 3 3 2 3 3 2 2 2 3 5 3 3 3 2 5 3 2 3 3 5 2 2 3 3 3 3 3 2 2 5 2 2 2 2 2 3 3 6 3 2 2 3 4 3 3 4 4 4 4 6 8"
+    "2 4 2 4 2 2 1 3 3 2 3 2 2 3 3 2 3 3 2 2 2 3 5 3 3 3 2 5 3 2 3 3 "
+    "5 2 2 3 3 3 3 3 2 2 5 2 2 2 2 2 3 3 6 3 2 2 3 4 3 3 4 4 4 4 6 8"
 )
 
 

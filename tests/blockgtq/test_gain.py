@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from blockgtq.gain import NORM_BYTES, load_norm, prepare, solve_gain, store_norm
+from blockgtq.gain import NORM_BYTES, channel_mean, load_norm, prepare, solve_gain, store_norm
 
 RELATIVE = {"float32": 1e-7, "float16": 2**-11, "log8": 2 ** (1 / 16) - 1}
 
@@ -48,3 +48,11 @@ def test_prepare_says_where(bad):
     x[1, 0, 2, 3] = bad
     with pytest.raises(ValueError, match=r"Cannot encode: value (nan|inf) at .* = \[1, 0, 2, 3\]"):
         prepare(x, None)
+
+
+def test_channel_mean():
+    x = torch.randn(2, 7, 3, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(channel_mean(x), x.mean(1))
+    x[0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match="not finite"):
+        channel_mean(x)
