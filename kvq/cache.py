@@ -27,6 +27,11 @@ class Handle:
     def __init__(self, layer: "QuantizedLayer"):
         self.layer = layer
 
+    def __getattr__(self, name: str):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise Refusal("This model does not hand its cached keys and values to the registered attention function 'kvq'; it cannot be quantized.")
+
 
 def attention(module, query, key, value, attention_mask, *, scaling=None, dropout=0.0, position_ids=None, **kwargs):
     """Attention over handles (codes) or plain tensors. Raises ValueError on a keyword that would change the result."""
@@ -76,9 +81,9 @@ class QuantizedLayer(DynamicLayer):
         """Encode the pending keys and values, return the whole of both in model precision."""
         key, value = self._pending
         self._pending = None
+        positions = self._positions(position_ids, key.shape[0])
         if not self.streams:
             self._open(key, value, mask)
-        positions = self._positions(position_ids, key.shape[0])
         for stream, x in zip(self.streams, (key, value)):
             stream.append(x, positions)
         if self.prefill == "exact" and self._raw is not None:
@@ -115,13 +120,15 @@ class QuantizedLayer(DynamicLayer):
                     f"Layer {self.index}: {name} hold {stream.encoded} coded and {stream.exact} exact tokens of {self.count}; the run is not valid."
                 )
         codes, exact, values = (sum(column) for column in zip(*(s.bytes() for s in self.streams)))
+        tokens = sum(self.count - pad for pad in self.pads)
+        padding = 0 if isinstance(self.streams[0], RaggedStream) else sum(self.pads)  # held like any token, or not at all
         return {
-            "tokens": sum(self.count - pad for pad in self.pads),
+            "tokens": tokens,
             "encoded": min(_encoded_tokens(s, self.pads) for s in self.streams),
             "code_bytes": codes,
             "exact_bytes": exact,
             "coded_values": values,
-            "slot_values": len(self.pads) * self.count * self.cell,
+            "slot_values": (tokens + padding) * self.cell,
         }
 
     def get_seq_length(self) -> int:
@@ -145,6 +152,7 @@ class QuantizedLayer(DynamicLayer):
     def batch_select_indices(self, indices: Tensor) -> None:
         for stream in self.streams:
             stream.select(indices)
+        self._raw = self._raw and [tuple(x.index_select(0, indices.to(x.device)) for x in pair) for pair in self._raw]
         self.pads = [self.pads[i] for i in indices.tolist()]
 
     def batch_repeat_interleave(self, repeats: int) -> None:

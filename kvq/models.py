@@ -102,7 +102,7 @@ def _file_hash(file: Path, mtime: int) -> bytes:
 class LM:
     """A model bound to one way of caching. Tasks see nothing else.
 
-    codecs: one (key, value) pair per layer. `reference` is the same model with the 16-bit cache.
+    codecs: one (key, value) pair per layer, (None, None) where the library's cache stays. `reference` is the same model with the 16-bit cache.
     """
 
     def __init__(self, model, tokenizer, name: str, codecs: list, *, sink=0, window=0, prefill="quantized", memo=True, reference: "LM | None" = None):
@@ -110,12 +110,13 @@ class LM:
         self.model, self.tokenizer, self.name, self.codecs = model, tokenizer, name, codecs
         self.options = {"sink": sink, "window": window, "prefill": prefill, "memo": memo}
         self.reference = reference or self
-        before_rope = any(key.space == "pre" for key, _ in codecs)
+        used = [codec for pair in codecs for codec in pair if codec is not None]
+        before_rope = any(key is not None and key.space == "pre" for key, _ in codecs)
         self.rope = Rope(model) if before_rope else None
         if before_rope:
             self.rope.refuse_moving_tables()
-        self.batch_safe = window == 0 and all(c.block == 1 and not getattr(c, "stateful", False) for pair in codecs for c in pair)
-        self.table_bytes = table_bytes([c for pair in codecs for c in pair])
+        self.batch_safe = window == 0 and all(c.block == 1 and not getattr(c, "stateful", False) for c in used)
+        self.table_bytes = table_bytes(used)
         self._open: list[QuantizedCache] = []
         self._spent: dict[str, float] = {}
 
@@ -136,7 +137,7 @@ class LM:
 
     def _settle(self) -> None:
         for cache in self._open:
-            if any(layer.streams for layer in cache.quantized_layers):
+            if any(layer.count for layer in cache.quantized_layers):
                 report = cache.audit()
                 report["table_bytes"] = self.table_bytes * len(cache.quantized_layers[0].pads)
                 for name, amount in report.items():
@@ -179,6 +180,8 @@ class LM:
         """
         clock = _Clock(self)
         sampling.setdefault("do_sample", False)
+        while chunk and ids.shape[1] % chunk == 1:
+            chunk += 1  # a chunk of one token would pass for a generated one, which prefill=exact reads from codes
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else stop_ids[0]
         out = self.model.generate(
             ids.to(self.device), attention_mask=mask.to(self.device), past_key_values=self.new_cache(), max_new_tokens=max_new_tokens,

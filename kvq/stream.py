@@ -5,6 +5,7 @@ behind it. Codes are append-only. With `memo` a decoded copy of the coded prefix
 copy of `decode(codes)`, never of the input, and it is not counted as cache bytes. Memory and latency runs switch it off.
 """
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -142,4 +143,8 @@ class RaggedStream:
         return tuple(sum(column) for column in zip(*totals))
 
     def select(self, rows: Tensor) -> None:
-        raise NotImplementedError("Beam search over left-padded prompts with sinks, windows or token groups is not supported: use batch size 1.")
+        """Keep these batch rows, in this order, repeats allowed (beam search)."""
+        kept = [copy.copy(self.rows[row]) for row in rows.tolist()]
+        for row in kept:
+            row.select(torch.zeros(1, dtype=torch.long))
+        self.rows, self.pads = kept, [self.pads[row] for row in rows.tolist()]
