@@ -9,6 +9,8 @@ from the left are remembered instead of only logged.
 """
 
 import contextlib
+import copy
+import difflib
 import functools
 import inspect
 import io
@@ -165,7 +167,7 @@ def manager(names: tuple[str, ...], include_path: str | None = None):
             found = TaskManager(include_path=extra or None)
     unknown = [name for name in names if name not in found.task_index]
     if unknown:
-        close = [known for known in found.all_tasks if known.startswith(unknown[0].split("_")[0])][:8]
+        close = difflib.get_close_matches(unknown[0], found.all_tasks, n=5)
         hint = f" Close: {', '.join(close)}." if close else ""
         raise Refusal(f"lm-eval has no task {', '.join(unknown)}.{hint} All names: `lm_eval ls tasks`.")
     return found
@@ -181,7 +183,7 @@ def load_task(config: dict, splits: dict | None = None):
     """An lm-eval task from its YAML's config; `splits` ({split: datasets.Dataset}) replaces the data and nothing else."""
     from lm_eval.api.task import ConfigurableTask
 
-    config = {key: value for key, value in config.items() if key not in ("tag", "group", "task_list")}
+    config = copy.deepcopy({key: value for key, value in config.items() if key not in ("tag", "group", "task_list")})
     if splits is not None:
         config["custom_dataset"] = lambda **_: splits
     with quiet():
@@ -192,17 +194,16 @@ def hub_dataset(path: str, name: str | None, remedy: str):
     """(dataset, revision) from the hub or the local hub cache; raises Refusal with `remedy` when neither has it."""
     import datasets
 
-    revision, online = hub_revision(path, remedy)
-    options = {"revision": revision} if online else {"download_config": datasets.DownloadConfig(local_files_only=True)}
+    revision, cached = hub_revision(path, remedy)
     try:
         with quiet():
-            return datasets.load_dataset(path, name, **options), revision
+            return datasets.load_dataset(cached or path, name, **({} if cached else {"revision": revision})), revision
     except Exception as error:
         raise Refusal(f"{path} {name or ''} cannot be loaded: {str(error).strip().splitlines()[0]} {remedy}") from error
 
 
-def hub_revision(path: str, remedy: str) -> tuple[str, bool]:
-    """(revision of a hub data set, whether the hub was reached); Refusal with `remedy` if it is neither there nor in the cache.
+def hub_revision(path: str, remedy: str) -> tuple[str, str | None]:
+    """(revision of a hub data set, its cached folder where the hub cannot be reached); Refusal with `remedy` if it is in neither.
 
     Asked before the data library is: that one retries for half a minute before it admits that there is no network.
     """
@@ -210,11 +211,12 @@ def hub_revision(path: str, remedy: str) -> tuple[str, bool]:
     from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        return HfApi().dataset_info(path, timeout=HUB_TIMEOUT).sha, True
+        return HfApi().dataset_info(path, timeout=HUB_TIMEOUT).sha, None
     except RepositoryNotFoundError as error:
         raise Refusal(f"The hub has no data set {path}, or it is gated. {remedy}") from error
     except Exception as error:  # each transport library has its own errors for "no network"
         try:
-            return Path(snapshot_download(path, repo_type="dataset", local_files_only=True)).name, False
+            folder = Path(snapshot_download(path, repo_type="dataset", local_files_only=True))
         except LocalEntryNotFoundError:
             raise Refusal(f"{path} cannot be loaded: the hub cannot be reached and the data was never downloaded here. {remedy}") from error
+        return folder.name, str(folder)

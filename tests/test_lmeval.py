@@ -6,7 +6,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from kvq.errors import Refusal
-from kvq.lmeval import CachedLM, hub_revision, manager, quiet
+from kvq.lmeval import CachedLM, hub_dataset, hub_revision, manager, quiet
 from tests.tiny_lm import TinyLM, ZeroedLM
 
 PAIRS = [("The sky is", " blue"), ("The sky is", " b"), ("The sky is", " c"), ("One two three four", " five six"), ("A", " longer continuation"), ("A cat", " sat")]
@@ -117,6 +117,20 @@ def test_hub_without_network_is_refused_at_once(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", absent)
     with pytest.raises(Refusal, match="never downloaded here. Do this"):
         hub_revision("owner/name", "Do this.")
+
+
+def test_hub_cache_serves_without_network(monkeypatch, tmp_path):
+    import huggingface_hub
+
+    snapshot = tmp_path / "0123abcd"
+    (snapshot / "sub").mkdir(parents=True)
+    (snapshot / "README.md").write_text("---\nconfigs:\n- config_name: sub\n  data_files:\n  - split: test\n    path: sub/test.jsonl\n---\n")
+    (snapshot / "sub" / "test.jsonl").write_text('{"question": "q"}\n')
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *args, **kwargs: (_ for _ in ()).throw(ConnectionError()))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **kwargs: str(snapshot))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    dataset, revision = hub_dataset("owner/name", "sub", "Do this.")
+    assert revision == "0123abcd" and dataset["test"][0]["question"] == "q"
 
 
 def test_quiet_restores_streams_after_an_error(capsys):

@@ -14,7 +14,10 @@ from kvq.errors import Refusal
 from kvq.records import Example, Record
 
 ONE_PASS = ("loglikelihood", "multiple_choice")
-OFFLINE = "Run it once where there is a network (the data is then cached; HF_HUB_OFFLINE=1 reads the cache without asking), or pass task.data=<folder with <task>/<split>.jsonl or .parquet>."
+OFFLINE = (
+    "Run it once where there is a network (the data is then cached; HF_HUB_OFFLINE=1 reads the cache without asking), "
+    "or pass task.data=<folder with <task>/<split>.jsonl or .parquet>."
+)
 LOADERS = ("json", "parquet", "csv", "text", "arrow")  # local files through the data library: no hub involved
 
 
@@ -72,7 +75,7 @@ class LMEval:
             for leaf, cfg in self._all_leaves().items():
                 path = cfg.get("dataset_path")
                 if path and path not in LOADERS and not Path(path).exists() and path not in sources:
-                    sources[path] = hub_revision(path, f"{leaf}: {OFFLINE}")[0]
+                    sources[path] = hub_revision(path, f"It is the data of {leaf}. {OFFLINE}")[0]
         for name in self.names:
             self._load(name, sources)
         for leaf, task in self._tasks.items():
@@ -163,8 +166,8 @@ class LMEval:
         from kvq.lmeval import load_task, quiet, task_config
 
         if self.data != "hub":
-            for leaf, cfg in self.leaves[name].items():
-                config = task_config(self.manager.task_index[leaf].yaml_path)
+            for leaf in self.leaves[name]:
+                config = dict(task_config(self.manager.task_index[leaf].yaml_path))
                 self._tasks[leaf] = load_task(config, _splits(Path(self.data).expanduser(), leaf, config, sources))
             return
         try:

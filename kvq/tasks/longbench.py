@@ -282,7 +282,8 @@ def _checked(rows: list[dict], subset: str, source: str) -> list[dict]:
             row["question"] = row.pop("input")
         missing = [name for name in needed if row.get(name) is None] + ([] if "question" in row else ["input"])
         if missing or not isinstance(row["answers"], list) or not row["answers"]:
-            raise Refusal(f"{subset} ({source}), record {number}, lacks {', '.join(missing) or 'a list of answers'}: LongBench's columns are input, context, answers, all_classes, _id.")
+            lacks = ", ".join(missing) or "a list of answers"
+            raise Refusal(f"{subset} ({source}), record {number}, lacks {lacks}: LongBench's columns are input, context, answers, all_classes, _id.")
         docs.append(row)
     if not docs:
         raise Refusal(f"{subset} ({source}) is empty.")

@@ -46,7 +46,8 @@ def folder(tmp_path_factory):
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     files = {split: str(folder / f"{split}.jsonl") for split in ("train", "test")}
     for name, config in KINDS.items():
-        local = {"task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": files, "cache_dir": str(folder / "cache")}, "test_split": "test", "training_split": "train"}
+        kwargs = {"data_files": files, "cache_dir": str(folder / "cache")}
+        local = {"task": name, "dataset_path": "json", "dataset_kwargs": kwargs, "test_split": "test", "training_split": "train"}
         (folder / f"{name}.yaml").write_text(yaml.safe_dump({**config, **local}))
     group = {"group": "kinds", "task": list(KINDS), "aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}]}
     (folder / "kinds.yaml").write_text(yaml.safe_dump(group))

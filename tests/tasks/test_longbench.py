@@ -27,7 +27,8 @@ def shared(name):
 
 def row(index, **changes):
     story = " ".join(f"Box {i} holds a {'red' if i % 2 else 'blue'} ball." for i in range(index + 3))
-    return {"input": f"What is in box {index}?", "context": story, "answers": ["a red ball"], "length": 9, "dataset": "x", "language": "en", "all_classes": None, "_id": f"id{index}", **changes}
+    upstream = {"input": f"What is in box {index}?", "context": story, "answers": ["a red ball"], "all_classes": None, "_id": f"id{index}"}
+    return {**upstream, "length": 9, "dataset": "x", "language": "en", **changes}
 
 
 @pytest.fixture
