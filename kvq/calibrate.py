@@ -58,7 +58,8 @@ def fit(model, samples: list[Tensor], make_key: Make, make_value: Make, *, seed:
     kinds = layer_kinds(model.config)
     pairs = [(make_key(), make_value()) if kind == "full_attention" else (None, None) for kind, _ in kinds]
     groups = [tuple(c.grad_group if c else None for c in pair) for pair in pairs]
-    rope = _rope(model, pairs)
+    before_rope = any(key is not None and key.space == "pre" for key, _ in pairs)
+    rope = _rope(model, before_rope)
     tokens = sum(len(s) for s in samples)
     config = model.config.get_text_config(decoder=True)
     width = (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads) * (2 * config.num_key_value_heads + config.num_attention_heads)
@@ -66,7 +67,7 @@ def fit(model, samples: list[Tensor], make_key: Make, make_value: Make, *, seed:
     progress = tqdm(total=len(kinds), desc="calibrate", unit="layer", disable=None)
     for first in range(0, len(kinds), step):
         layers = range(first, min(first + step, len(kinds)))
-        for layer, stats in _gather(model, samples, layers, groups, rope, batch_size).items():
+        for layer, stats in _gather(model, samples, layers, groups, rope if before_rope else None, batch_size).items():
             for codec, kind in zip(pairs[layer], ("key", "value")):
                 codec.to(model.device).fit(_calibration(stats, kind, codec, layer, seed, rope, len(samples[0]), model.device))
         progress.update(len(layers))
@@ -74,13 +75,16 @@ def fit(model, samples: list[Tensor], make_key: Make, make_value: Make, *, seed:
     return pairs
 
 
-def _rope(model, pairs) -> Rope | None:
+def _rope(model, required: bool) -> Rope | None:
     try:
-        return Rope(model)
+        rope = Rope(model)
     except Refusal:
-        if any(key is not None and key.space == "pre" for key, _ in pairs):
+        if required:
             raise
         return None
+    if required:
+        rope.refuse_moving_tables()
+    return rope
 
 
 def _gather(model, samples, layers: range, groups, rope, batch_size: int) -> dict[int, dict[str, list[Tensor]]]:

@@ -16,7 +16,7 @@ from kvq.rope import Rope
 
 
 class RecordingLayer(QuantizedLayer):
-    """Keeps the last keys, values and queries (after RoPE) and, if asked, hooks their gradients."""
+    """Keeps the last keys, values and queries (after RoPE) and, if asked, hooks their gradients; with `rope`, those of keys before RoPE."""
 
     def __init__(self, groups: tuple[int | None, int | None], rope: Rope | None, index: int):
         super().__init__(_Nothing(), _Nothing(), sink=0, window=0, prefill="quantized", memo=False, rope=rope, index=index)
@@ -45,9 +45,10 @@ class _Nothing(nn.Module):
 
 
 def record(model, samples: list[Tensor], layers: range, groups, rope: Rope | None, batch_size: int = 1) -> Iterator[list[RecordingLayer]]:
-    """One forward (and one backward of the mean next-token loss, if any group is set) per batch of samples [T].
+    """One forward (and one backward of each sample's mean next-token loss, if any group is set) per batch of samples [T].
 
-    Yields the recording layers of `layers` after each batch. groups: (key, value) gradient group per layer index.
+    Yields the recording layers of `layers` after each batch. groups: (key, value) gradient group per layer index; rope: given if
+    the gradients of keys are wanted before RoPE. What is recorded of a sample does not depend on the batch it is in.
     """
     kinds = layer_kinds(model.config)
     needs_grad = any(g for layer in layers for g in groups[layer])
@@ -64,6 +65,6 @@ def record(model, samples: list[Tensor], layers: range, groups, rope: Rope | Non
             embeds = model.get_input_embeddings()(ids).detach().requires_grad_(needs_grad)
             logits = model(inputs_embeds=embeds, position_ids=positions, past_key_values=Cache(layers=slots)).logits
             if needs_grad:
-                loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+                loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum") / (ids.shape[1] - 1)
                 torch.autograd.grad(loss, embeds)
         yield [slots[index] for index in layers if isinstance(slots[index], RecordingLayer)]
