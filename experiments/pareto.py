@@ -9,7 +9,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from experiments import style
+from experiments import choice, style
 from kvq import results as store
 
 PANELS = (("perplexity", "loss", "held-out loss above fp16\n(nats per token)"), ("longbench", "score", "LongBench score\n(percent of 100)"), ("niah", "score", "needles found\n(percent)"))
@@ -21,19 +21,9 @@ def rows(results: Path = Path("results"), model: str = "standin") -> pd.DataFram
     frame = store.load(results, model=model, data="embedded", task=[task for task, _, _ in PANELS])
     if frame.empty:
         return frame
-    keep = []
-    for task, metric, _ in PANELS:
-        part = frame[frame.task == task]
-        for name in (metric, f"{metric}_fp16"):
-            chosen = part[part.metric == name]
-            several = chosen.groupby("run")["subset"].transform("nunique") > 1
-            keep.append(chosen[~several | (chosen.subset == "average")])
-    frame = pd.concat(keep)
-    return frame[frame.config.map(_is_default)].sort_values(["task", "quant", "bits", "seed"], ignore_index=True)
-
-
-def _is_default(config: str) -> bool:
-    return '"start": "random"' not in config and '"start": "kmeans++"' not in config or '"gsrq.gskm' in config
+    frame = choice.default_runs(frame)
+    keep = [choice.averages(frame[frame.task == task], name) for task, metric, _ in PANELS for name in (metric, f"{metric}_fp16")]
+    return pd.concat(keep).sort_values(["task", "quant", "bits", "seed"], ignore_index=True)
 
 
 def draw(rows: pd.DataFrame):

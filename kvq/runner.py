@@ -189,7 +189,12 @@ def _rows(cell: Cell, task, records, reference, usage, model) -> list[dict]:
     """Result rows of one run. Raises RuntimeError through the schema if nothing was compressed."""
     cfg, config = cell.cfg, OmegaConf.to_container(cell.cfg, resolve=True)
     tables = usage.get("table_bytes", 0)
-    stored = 8 * usage["code_bytes"] / usage["coded_values"] if usage.get("coded_values") else float("nan")
+    if not usage.get("coded_values"):
+        raise Refusal(
+            f"Nothing was compressed: every token stayed exact (quant.sink={cfg.quant.sink}, quant.window={cfg.quant.window}); "
+            "lower them or use longer prompts. Nothing was written."
+        )
+    stored = 8 * usage["code_bytes"] / usage["coded_values"]
     label = (cfg.quant.key.bits + cfg.quant.value.bits) / 2
     common = {
         "run": cell.run, "model": cell.choices["model"], "quant": cell.choices["quant"], "task": cell.choices["task"], "data": str(task.data),
