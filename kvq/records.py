@@ -18,6 +18,8 @@ class Record(TypedDict):
 
     metrics: name to number, averaged over examples per subset.
     prediction: what was scored, text or None. target: the reference, as the data has it.
+    weight: how much the example counts in means (scored tokens of a window); 1 if absent.
+    cluster: the problem this is a repeat of. chance: what guessing scores, in the main metric's unit; 0 if absent.
     """
 
     id: str
@@ -25,3 +27,6 @@ class Record(TypedDict):
     metrics: dict[str, float]
     prediction: NotRequired[str | None]
     target: NotRequired[Any]
+    weight: NotRequired[float]
+    cluster: NotRequired[str]
+    chance: NotRequired[float]

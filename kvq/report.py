@@ -6,6 +6,8 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
+from kvq.statistics import WEAK
+
 WIDTH = 150
 
 
@@ -28,14 +30,17 @@ def show(frame: pd.DataFrame) -> pd.DataFrame:
     main = paired[0].removesuffix("_minus_fp16") if paired else frame[frame.subset != "run"].metric.iloc[0]
     scores = frame[frame.subset != "run"]
     everywhere = scores.groupby("metric", sort=False)["subset"].nunique() == scores["subset"].nunique()
-    others = [m for m in everywhere.index[everywhere] if not m.startswith(f"{main}_") and m != main]
+    others = [m for m in everywhere.index[everywhere] if not m.startswith(f"{main}_") and m not in (main, WEAK)]
+    weak = list(scores.subset[(scores.metric == WEAK) & (scores.value > 0)])
     for name in ("subset", main, "fp16", "minus fp16", *others, "n"):
         table.add_column(name, justify="left" if name == "subset" else "right")
     for subset, rows in frame[frame.subset != "run"].groupby("subset", sort=False):
         cells = rows.set_index("metric")
         shown = [_cell(cells, m) for m in (main, f"{main}_fp16", f"{main}_minus_fp16", *others)]
-        table.add_row(subset, *shown, str(cells.loc[main, "n"]), style="bold" if subset == "average" else None)
+        table.add_row(f"{subset} *" if subset in weak else subset, *shown, str(cells.loc[main, "n"]), style="bold" if subset == "average" else None)
     console.print(table)
+    if weak:
+        console.print("* fp16 is too close to guessing to tell methods apart (row fp16_too_weak)", highlight=False)
     console.print(
         f"bits: {first.bits:g} nominal, {first.bits_stored:.3f} stored per value, {first.bits_total:.2f} all-in with codebooks for one sequence"
         f" · {once['compression']:.2f}x smaller than fp16 · {first.encoded_tokens:,} of {int(once['tokens']):,} tokens encoded",

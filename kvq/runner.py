@@ -158,8 +158,11 @@ def _append(path: Path, task, lm, examples, cell: Cell) -> None:
     _drop_torn_line(path)
     title = f"{cell.choices['task']} {cell.choices['quant']}"
     with open(path, "a") as stream:
+        start = time.perf_counter()
         for record in tqdm(task.run(lm, examples), total=len(examples), desc=title, unit="example", disable=None):
-            record["usage"] = lm.usage()
+            now = time.perf_counter()
+            record["usage"] = {**lm.usage(), "task_seconds": now - start}
+            start = now
             stream.write(json.dumps(record) + "\n")
             stream.flush()
 
@@ -204,11 +207,18 @@ def _rows(cell: Cell, task, records, reference, usage, model) -> list[dict]:
         **results.provenance(_device_name(model)),
     }  # fmt: skip
     rows = [{**common, **row} for row in statistics.summarize(records).to_dict("records")]
+    for suffix, some in (("", records), ("_fp16", reference or [])):
+        derived = task.derived(some) if some and hasattr(task, "derived") else []
+        rows += [{**common, **row, "metric": row["metric"] + suffix} for row in derived]
+    fp16 = records if cell.is_reference else reference
+    if hasattr(task, "perfect"):
+        rows += [{**common, **row, "metric": statistics.WEAK} for row in statistics.weakness(fp16, task.metric, task.perfect).to_dict("records")]
     if reference is not None:
         for suffix, table in (("fp16", statistics.summarize(reference)), ("minus_fp16", statistics.paired(records, reference, task.metric))):
             table = table[table.metric == task.metric] if "metric" in table else table
             rows += [{**common, **row, "metric": f"{task.metric}_{suffix}"} for row in table.to_dict("records")]
-    once = {"tokens": usage["tokens"], "compression": 16 / stored, **{k: v for k, v in usage.items() if k.endswith("_seconds")}}
+    rate = len(records) / usage["task_seconds"]  # as run: the fp16 forward that perplexity compares with is included
+    once = {"tokens": usage["tokens"], "compression": 16 / stored, "examples_per_second": rate, **{k: v for k, v in usage.items() if k.endswith("_seconds")}}
     rows += [{**common, "subset": "run", "metric": k, "value": v, "stderr": 0.0, "n": len(records)} for k, v in once.items()]
     return rows
 

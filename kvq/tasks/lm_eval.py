@@ -30,6 +30,7 @@ class LMEval:
     """
 
     metric = "score"
+    perfect = 100.0
 
     def __init__(
         self, tasks, num_fewshot=None, limit=None, batch_size=1, data="hub", include_path=None, chat=False, max_new_tokens=None,

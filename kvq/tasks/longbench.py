@@ -65,6 +65,7 @@ class LongBench:
 
     one_pass = False
     metric = "score"
+    perfect = 100.0
 
     def __init__(
         self, data="hub", subsets=None, limit=None, context=None, batch_size=1, seed=0, chat="auto", thinking=False,

@@ -19,6 +19,7 @@ class NIAH:
 
     one_pass = False
     metric = "score"
+    perfect = 100.0
 
     def __init__(self, data: str, limit: int, subsets: list[str] | None, context: int | None, lengths: list[int], depths: int, batch_size: int, max_new_tokens: int, seed: int = 0):
         unknown = [s for s in subsets or [] if s not in KINDS]
