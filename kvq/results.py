@@ -85,14 +85,14 @@ def load(folder: Path = Path("results"), **where) -> pd.DataFrame:
 
 
 def provenance(device: str) -> dict:
-    """Where a row comes from: commit, dirty flag, UTC date, device, library versions."""
+    """Where a row comes from: commit (KVQ_COMMIT in a tree without git), dirty flag, UTC date, device, library versions."""
 
     def git(*arguments):
         found = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=Path(__file__).parent)
         return found.stdout.strip() if found.returncode == 0 else ""
 
     return {
-        "commit": git("rev-parse", "--short=12", "HEAD"),
+        "commit": git("rev-parse", "--short=12", "HEAD") or os.environ.get("KVQ_COMMIT", ""),
         "dirty": bool(git("status", "--porcelain", "--untracked-files=no", "--", ":!results")),
         "date": pd.Timestamp.now("UTC").strftime("%Y-%m-%dT%H:%M:%SZ"),
         "device": device,
