@@ -29,9 +29,9 @@ def gain_shape(x: Tensor, weights: Tensor, inverse: Tensor, labels: Tensor, entr
     return torch.where(mass[..., None] > 0, shapes * gains[..., None], entries), mass
 
 
-def gskm(x: Tensor, entries: int, weights: Tensor | None = None, *, start: str = "spherical", **options) -> Clustering:
+def gskm(x: Tensor, count: int, weights: Tensor | None = None, *, start: str = "spherical", **options) -> Clustering:
     """Weighted GSKM: :func:`kernels.kmeans.cluster` with the gain-shape update; same arguments and errors.
 
     start="spherical" with warmup=0 is Algorithm 1 as printed; the default three rounds of warm-up avoid its collapse on some seeds.
     """
-    return cluster(x, entries, weights, update=gain_shape, start=start, **options)
+    return cluster(x, count, weights, update=gain_shape, start=start, **options)

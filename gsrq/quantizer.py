@@ -71,7 +71,7 @@ class GSRQ(nn.Module):
     @property
     def bits(self) -> float:
         """Stored bits per value: packed codes of a token over its values; valid after :meth:`fit`."""
-        pieces, stages, _, width = self.codebooks.shape
+        pieces, stages, _, width = self._tables().shape
         return 8 * bitpack.packed_bytes(pieces * stages, self.code_bits) / (pieces * width)
 
     def check(self, heads: int, head_dim: int) -> tuple[int, int]:
@@ -136,19 +136,27 @@ class GSRQ(nn.Module):
         A token's codes do not depend on its neighbours, up to float32 rounding of matrix products of different sizes at exact ties.
         """
         _finite(x, "vectors to encode")
-        codes = rvq.encode(_cut(x.float() / self.scale, self.codebooks.shape[-1]), self.codebooks, self.beam)  # [M, B*T, R]
-        codes = codes.transpose(0, 1).reshape(x.shape[0], 1, x.shape[2], -1)  # piece-major, stages inside
+        tables = self._tables()
+        codes = rvq.encode(_cut(x.float() / self.scale, tables.shape[-1]), tables, self.beam)  # [M, B*T, R]
+        codes = codes.transpose(0, 1).reshape(x.shape[0], 1, x.shape[2], tables.shape[0] * tables.shape[1])  # piece-major, stages inside
         return {"codes": bitpack.pack(codes, self.code_bits)}
 
     @torch.no_grad()
     def decode(self, codes: dict[str, Tensor]) -> Tensor:
         """Sum of the coded entries, float32 [B, H, T, D]."""
-        pieces, stages, _, piece = self.codebooks.shape
+        tables = self._tables()
+        pieces, stages, _, piece = tables.shape
         packed = codes["codes"]
         batch, _, time, _ = packed.shape
         index = bitpack.unpack(packed, self.code_bits, pieces * stages).view(batch * time, pieces, stages)
-        x = rvq.decode(index.transpose(0, 1), self.codebooks) * self.scale  # [M, B*T, D]
-        return x.transpose(0, 1).reshape(batch, time, -1, pieces * piece // int(self.heads)).transpose(1, 2)
+        x = rvq.decode(index.transpose(0, 1), tables) * self.scale  # [M, B*T, D]
+        heads = int(self.heads)
+        return x.transpose(0, 1).reshape(batch, time, heads, pieces * piece // heads).transpose(1, 2)
+
+    def _tables(self) -> Tensor:
+        if self.codebooks is None:
+            raise RuntimeError("GSRQ has no codebooks yet: call fit or restore its buffers first.")
+        return self.codebooks
 
 
 def _shape(bits: float, piece: int | None, stages: int | None, code_bits: int) -> tuple[int, int]:
@@ -178,7 +186,7 @@ def _shape(bits: float, piece: int | None, stages: int | None, code_bits: int) -
 def _cut(x: Tensor, piece: int) -> Tensor:
     # [B, H, T, D] -> [M, B*T, piece]: heads of a token side by side, then contiguous channels
     batch, heads, time, width = x.shape
-    return x.transpose(1, 2).reshape(batch * time, -1, piece).transpose(0, 1).contiguous()
+    return x.transpose(1, 2).reshape(batch * time, heads * width // piece, piece).transpose(0, 1).contiguous()
 
 
 def _finite(x: Tensor, what: str) -> None:

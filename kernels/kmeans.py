@@ -94,7 +94,7 @@ def start(x: Tensor, weights: Tensor, inverse: Tensor, entries: int, how: str, w
 
 def cluster(
     x: Tensor,
-    entries: int,
+    count: int,
     weights: Tensor | None = None,
     *,
     update: Update,
@@ -107,7 +107,7 @@ def cluster(
 ) -> Clustering:
     """Alternate L2 assignment and `update` for G independent groups; keep the best iterate of each group.
 
-    x [G, N, D] and weights [G, N] (None: all one), float32. `rounds` counts updates; with rounds=0 the start is returned
+    x [G, N, D] and weights [G, N] (None: all one), float32; `count` is K. `rounds` counts updates; with rounds=0 the start is returned
     (start="spherical", warmup=T, rounds=0 is spherical k-means with projection gains). A group stops when no assignment changes or,
     with tolerance > 0, when a round lowers its best weighted squared error by less than that fraction. An empty entry takes
     the direction of a vector drawn in proportion to its weighted error, with the median gain of its group (`empty`="reseed"),
@@ -117,13 +117,13 @@ def cluster(
         raise ValueError(f"start={start!r} is unknown; choose one of {', '.join(STARTS)}.")
     if empty not in ("reseed", "keep"):
         raise ValueError(f"empty={empty!r} is unknown; choose reseed or keep.")
-    if x.shape[1] < entries:
-        raise ValueError(f"{entries} entries need at least {entries} vectors to learn from, got {x.shape[1]}.")
+    if x.shape[1] < count:
+        raise ValueError(f"{count} entries need at least {count} vectors to learn from, got {x.shape[1]}.")
     groups = x.shape[0]
     weights = torch.ones_like(x[..., 0]) if weights is None else weights
     norms = x.norm(dim=-1)
     inverse = torch.where(norms > EPS * norms.amax(1, keepdim=True), 1 / norms, torch.zeros_like(norms))
-    centres = _start(x, weights, inverse, entries, start, warmup, generator)
+    centres = _start(x, weights, inverse, count, start, warmup, generator)
     best, lowest, labels = centres.clone(), [float("inf")] * groups, None
     objective, reseeded, active = [[] for _ in range(groups)], [0] * groups, list(range(groups))
     for done in range(rounds + 1):
@@ -148,16 +148,16 @@ def cluster(
             labels, errors, centres = labels[keep], errors[keep], centres[keep]
         centres, mass = update(x, weights, inverse, labels, centres)
         if empty == "reseed":
-            draws = torch.rand(groups, entries, generator=generator)[active].to(x.device)
-            centres, counts = _reseed(x, inverse, errors, centres, mass, draws)
-            for group, count in zip(active, counts, strict=True):
-                reseeded[group] += count
+            draws = torch.rand(groups, count, generator=generator)[active].to(x.device)
+            centres, moved = _reseed(x, inverse, errors, centres, mass, draws)
+            for group, number in zip(active, moved, strict=True):
+                reseeded[group] += number
     return Clustering(best, objective, reseeded)
 
 
-def kmeans(x: Tensor, entries: int, weights: Tensor | None = None, *, start: str = "kmeans++", **options) -> Clustering:
+def kmeans(x: Tensor, count: int, weights: Tensor | None = None, *, start: str = "kmeans++", **options) -> Clustering:
     """Weighted k-means: :func:`cluster` with Lloyd's update; same arguments and errors."""
-    return cluster(x, entries, weights, update=mean, start=start, **options)
+    return cluster(x, count, weights, update=mean, start=start, **options)
 
 
 _start = start  # `cluster` has an argument of this name

@@ -207,6 +207,13 @@ def test_refusals(options, sentence):
         GSRQ(**options)
 
 
+def test_no_tokens_and_no_codebooks(codec, x):
+    nothing = codec.encode(x[:, :, :0])
+    assert nothing["codes"].shape == (2, 1, 0, 6) and codec.decode(nothing).shape == (2, HEADS, 0, DIM)
+    with pytest.raises(RuntimeError, match="call fit"):
+        make().encode(x)
+
+
 def test_too_little_calibration():
     with pytest.raises(ValueError, match="at least 64"):
         make().fit(calibration(n=63))
