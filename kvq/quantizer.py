@@ -85,10 +85,9 @@ def set_buffers(codec: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
     """Restore a fitted codec from its stored buffers, without `fit`. Raises ValueError if a name does not belong."""
     for name, tensor in tensors.items():
         path, _, leaf = name.rpartition(".")
-        try:
-            owner = codec.get_submodule(path)
-        except AttributeError as error:
-            raise ValueError(f"A stored calibration holds '{name}', which {type(codec).__name__} does not have.") from error
+        owner = dict(codec.named_modules()).get(path)
+        if owner is None or leaf not in owner._buffers:
+            raise ValueError(f"A stored calibration holds '{name}', which {type(codec).__name__} does not have.")
         owner.register_buffer(leaf, tensor)
     return codec
 

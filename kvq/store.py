@@ -60,7 +60,7 @@ def restore(pairs: list[tuple], recipe: dict, folder: Path, device) -> bool:
         with safe_open(path, framework="pt", device=str(device)) as stored:
             kept = json.loads((stored.metadata() or {}).get("recipe", "{}"))
             for field in sorted(set(recipe) | set(kept)):
-                if json.dumps(kept.get(field), sort_keys=True) != json.dumps(recipe.get(field), sort_keys=True):
+                if run_id({field: kept.get(field)}) != run_id({field: recipe.get(field)}):
                     raise Refusal(f"{path} was calibrated with another {field} ({kept.get(field)}, wanted {recipe.get(field)}); delete it or set the same {field}.")
             groups: dict[tuple[int, str], dict] = {}
             for name in stored.keys():
