@@ -42,7 +42,7 @@ class LMEval:
         if not self.names:
             raise Refusal("task=lm_eval needs task.tasks=[<names of lm-eval tasks>], for example task.tasks=[arc_easy,piqa].")
         if data == "embedded":
-            raise Refusal("lm-eval's tasks have no embedded data: use task.data=hub or a folder.")
+            raise Refusal("lm-eval's tasks have no embedded data: use task.data=hub or a folder, or task=choices, which is embedded multiple choice.")
         self.num_fewshot, self.limit, self.batch_size, self.data = num_fewshot, limit, batch_size, str(data)
         self.chat, self.max_new_tokens, self.fewshot_seed, self.chunk = chat, max_new_tokens, fewshot_seed, chunk
         if include_path and not Path(include_path).is_dir():
@@ -149,6 +149,7 @@ class LMEval:
             "id": example.id, "subset": example.subset, "metrics": {"score": 100 * metrics[main], **metrics},
             "prediction": _text(prediction), "target": _plain(task.doc_to_target(doc)),
             "score_is": main, "shots": task.config.num_fewshot, "truncated": "left" if cut else None,
+            "chance": 100 / len(requests) if main in ("acc", "acc_norm") and len(requests) > 1 else 0.0,
         }  # fmt: skip
 
     def _all_leaves(self) -> dict[str, dict]:
