@@ -2,20 +2,30 @@
 
 Every prompt of a (kind, length, depth, trial) cell is the same for all methods, so differences are paired. Score: the fraction of
 answers found in the output, case ignored, in percent. The paper recycles eight paragraphs and one needle set; here needles and
-haystack change with every trial. Subsets are kinds at a length (`single@2048`); `heat` keeps depth for the map.
+haystack change with every trial. Subsets are kinds at a length (`single@2048`); a record keeps its depth for the map.
 """
 
+import functools
+import hashlib
 from collections.abc import Iterator
+from pathlib import Path
 
+from kvq import calibrate
 from kvq.errors import Refusal
 from kvq.prompt import left_pad, stop_ids, until_stop
 from kvq.records import Example, Record
 
 KINDS = ("single", "distractor", "multi", "multikey", "multivalue", "multiquery")
+HUB = "hub:baber/paul_graham_essays:default:train"
+CHARACTERS = 2_000_000
+"""At most this much of a haystack text is read; longer prompts repeat its paragraphs."""
 
 
 class NIAH:
-    """data: `embedded`. subsets: kinds, null for all six. lengths: prompt tokens. depths: how many, evenly spaced from 0 to 1. limit: trials per cell."""
+    """data: the haystack, `embedded`, `hub` (Paul Graham's essays, as in RULER), hub:<dataset>:<config>:<split>, a text file, or a folder of .txt files.
+
+    subsets: kinds, null for all six. lengths: prompt tokens. depths: how many, evenly spaced from 0 to 1. limit: trials per cell.
+    """
 
     one_pass = False
     metric = "score"
@@ -25,8 +35,6 @@ class NIAH:
         unknown = [s for s in subsets or [] if s not in KINDS]
         if unknown:
             raise Refusal(f"niah has no subset {', '.join(unknown)}; choose from {', '.join(KINDS)}.")
-        if data != "embedded":
-            raise Refusal(f"task.data={data}: niah builds its haystacks from the embedded corpus; set task.data=embedded.")
         if min(limit, depths, batch_size) < 1:
             raise Refusal("task.limit, task.depths and task.batch_size must be at least 1.")
         self.data, self.limit, self.subsets = data, limit, tuple(subsets or KINDS)
@@ -34,8 +42,20 @@ class NIAH:
         self.depths = [round(i / max(depths - 1, 1), 3) for i in range(depths)] if depths > 1 else [0.5]
         self.batch_size, self.max_new_tokens, self.seed = batch_size, max_new_tokens, seed
 
+    def check(self) -> None:
+        """Read the haystack before any model, and fingerprint it. Raises Refusal if there is none."""
+        self.content = _embedded() if self.data == "embedded" else hashlib.sha256(text(self.data).encode()).hexdigest()[:16]
+
     def examples(self, lm) -> list[Example]:
-        from kvq.standin import needles
+        """One example per (kind, length, depth, trial): {prompt, answers, kind, depth}."""
+        from kvq.standin import filler
+
+        if self.data == "embedded":
+            haystack = filler.heldout(lm.tokenizer)
+        else:
+            haystack = filler.Filler(filler.pieces([text(self.data)]), [], filler.count(lm.tokenizer))
+            if len(haystack.paragraphs) < 8:
+                raise Refusal(f"The haystack '{self.data}' has {len(haystack.paragraphs)} usable paragraphs (60 to 1,200 characters); 8 are needed.")
 
         too_long = [n for n in self.lengths if n + self.max_new_tokens > lm.max_length]
         if too_long:
@@ -45,7 +65,7 @@ class NIAH:
             for kind in self.subsets:
                 for at, depth in enumerate(self.depths):
                     seed = self.seed + 1000 * at + 100_000 * length
-                    for trial, item in enumerate(needles.generate(kind, self.limit, length, depth, lm.tokenizer, seed)):
+                    for trial, item in enumerate(_prompts(kind, self.limit, length, depth, haystack, seed)):
                         found.append(Example(f"{kind}/{length}/{depth}/{trial}", f"{kind}@{length}", item))
         return found
 
@@ -65,6 +85,48 @@ class NIAH:
                     "id": example.id, "subset": example.subset, "metrics": {"score": 100.0 * found(text, item["answers"])},
                     "prediction": text, "target": item["answers"], "kind": item["kind"], "depth": item["depth"], "prompt_tokens": len(prompt),
                 }  # fmt: skip
+
+
+@functools.lru_cache(maxsize=2)
+def text(data: str) -> str:
+    """The haystack's text. Raises Refusal if a folder has no .txt file or the source cannot be read."""
+    folder = Path(data).expanduser()
+    if not folder.is_dir():
+        return calibrate.text(HUB if data == "hub" else data)[:CHARACTERS]
+    files = sorted(folder.rglob("*.txt"))
+    if not files:
+        raise Refusal(f"task.data={data} holds no .txt file to make haystacks of; task.data=embedded needs none.")
+    try:
+        return "\n\n".join(file.read_text(encoding="utf-8") for file in files)[:CHARACTERS]
+    except UnicodeDecodeError as error:
+        raise Refusal(f"task.data={data} holds a file that is not UTF-8 text: {error}.") from error
+
+
+def _embedded() -> str:
+    """16 hex digits over the code and the text that embedded prompts are made from."""
+    import kvq.standin
+
+    folder = Path(kvq.standin.__file__).parent
+    files = [*(folder / f"{name}.py" for name in ("needles", "filler", "lexicon", "corpus", "prose")), *sorted(folder.glob("text/heldout*"))]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+
+
+def _prompts(kind: str, count: int, tokens: int, depth: float, haystack, seed: int) -> list[dict]:
+    """`count` prompts of at most `tokens` tokens, begin-of-text included; with the embedded haystack those of `needles.generate`."""
+    from kvq.standin import lexicon, needles
+
+    def make(index: int) -> dict:
+        name = f"needles/{kind}/{tokens}/{depth}"
+        return needles.fitting(
+            lambda target: needles.document(lexicon.stream("eval", name, seed, index), haystack, target, kind, depth),
+            tokens,
+            lambda document: haystack.count(document["prompt"]) + 1,
+        )
+
+    try:
+        return [make(index) for index in range(count)]
+    except ValueError as error:
+        raise Refusal(f"task.lengths={tokens}: {error}") from error
 
 
 def found(text: str, answers: list[str]) -> float:
