@@ -65,6 +65,7 @@ class TurboQuantMSE(nn.Module):
         self.rotation_kind = choose("rotation", rotation, ROTATIONS)
         self.norm_dtype = choose("norm_dtype", norm_dtype, tuple(NORM_BYTES))
         self.space = choose("space", space, ("pre", "post"))
+        self.depends_on = ("calib", "seed") if center else ("seed",)
         self.center = bool(center)
         self.seed = int(seed)
         self.register_buffer("shape", None)  # [2] int32: heads, head_dim

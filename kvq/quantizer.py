@@ -25,7 +25,8 @@ class Quantizer(Protocol):
 
     `fit` is called once, by data-free methods as well (it tells them the shape). A codec with `stateful = True`
     receives `encode(x, state)` with a dict that lives as long as the stream. `check(heads, head_dim)`, where defined,
-    raises ValueError before any work if the codec cannot serve that shape.
+    raises ValueError before any work if the codec cannot serve that shape. `depends_on`, a subset of ("calib", "seed"), says what
+    shapes a fitted codec beyond its options (both, if absent): a run is not repeated for a calibration that it does not use.
     """
 
     bits: float

@@ -31,6 +31,7 @@ class FP8(nn.Module):
         if space not in ("pre", "post"):
             raise ValueError(f"FP8 space must be 'pre' or 'post', got {space!r}.")
         self.granularity, self.space = granularity, space
+        self.depends_on = ("calib",) if granularity == "tensor" else ()
         self.register_buffer("shape", None)
         self.register_buffer("scale", None)
 

@@ -16,6 +16,7 @@ class Integer(nn.Module):
 
     block = 1
     grad_group = None
+    depends_on = ()
 
     def __init__(self, bits: float, *, symmetric: bool, space: str, seed: int = 0):
         """Raises ValueError unless bits is a whole number from 2 to 8 and space "pre" or "post". The seed is unused."""

@@ -23,6 +23,7 @@ class KIVI(nn.Module):
 
     space = "post"
     grad_group = None
+    depends_on = ()
 
     def __init__(self, bits: float, *, axis: str, group: int, seed: int = 0):
         """Raises ValueError unless bits is 1, 2, 3 or 4, axis "channel" or "token", group a positive multiple of 8."""
@@ -94,6 +95,7 @@ class KIVIScaleOnly(nn.Module):
 
     space = "pre"
     grad_group = None
+    depends_on = ("calib",)
     stateful = True
 
     def __init__(self, bits: float, *, group: int, calibration_tokens: int, seed: int = 0):

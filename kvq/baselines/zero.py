@@ -12,6 +12,7 @@ class Zero(nn.Module):
     block = 1
     space = "post"
     grad_group = None
+    depends_on = ()
 
     def __init__(self, bits: float, *, seed: int = 0):
         """Raises ValueError unless bits is 0. The seed is accepted and unused."""
