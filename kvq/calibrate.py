@@ -1,6 +1,7 @@
 """Calibration: text in, fitted codecs out. Layers are processed in groups that fit a memory budget, so no model-sized dump exists."""
 
 import gzip
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -36,6 +37,13 @@ def text(source: str) -> str:
             except UnicodeDecodeError as error:
                 raise Refusal(f"{path} is not UTF-8 text: {error}.") from error
     raise Refusal(f"There is no text at '{source}'; give a text file, standin:train, standin:heldout or hub:<dataset>:<config>:<split>.")
+
+
+def content(source: str) -> str:
+    """What identifies a text: its own name if that is stable (standin:, hub:), else a hash of what the file holds."""
+    if source.startswith(("standin:", "hub:")):
+        return source
+    return "text:" + hashlib.sha256(text(source).encode()).hexdigest()[:16]
 
 
 def windows(tokenizer, source: str, count: int, length: int, offset: int = 0) -> list[Tensor]:

@@ -1,6 +1,7 @@
 """The only place where model, codecs, task and results meet: one resolved config in, one parquet out."""
 
 import json
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from kvq import calibrate, models, report, results, statistics, store
+from kvq.cache import PREFILLS
 from kvq.errors import Refusal
 
 EVERYTHING = ("calib", "seed")
@@ -34,9 +36,13 @@ class Cell:
 
 def prepare(cfg: DictConfig, choices: dict[str, str]) -> Cell:
     """Check all that can be checked without the model, and name the run. Raises Refusal with a sentence."""
-    for key in ("bits", "seed"):
-        if isinstance(cfg[key], bool) or not isinstance(cfg[key], (int, float)):
-            raise Refusal(f"{key}={cfg[key]} is not a number.")
+    if isinstance(cfg.bits, bool) or not isinstance(cfg.bits, (int, float)) or not math.isfinite(cfg.bits):
+        raise Refusal(f"bits={cfg.bits} is not a number.")
+    for key, number in (("seed", cfg.seed), ("quant.sink", cfg.quant.sink), ("quant.window", cfg.quant.window)):
+        if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+            raise Refusal(f"{key}={number} is not a whole number from 0 on.")
+    if cfg.prefill not in PREFILLS:
+        raise Refusal(f"prefill={cfg.prefill} is not one of {', '.join(PREFILLS)}.")
     if OmegaConf.is_missing(cfg.model, "path"):
         models.check("")
     if "path" in cfg.model:
@@ -44,7 +50,8 @@ def prepare(cfg: DictConfig, choices: dict[str, str]) -> Cell:
     codecs = [_make(cfg.quant[kind], cfg.seed)() for kind in ("key", "value")]
     depends = set().union(*(getattr(codec, "depends_on", EVERYTHING) for codec in codecs))
     task = _instantiate(cfg.task)
-    if cfg.prefill == "exact" and task.one_pass and not depends.isdisjoint(EVERYTHING):
+    lossless = choices["quant"] == "fp16"  # its row is the same under every protocol
+    if cfg.prefill == "exact" and task.one_pass and not lossless:
         raise Refusal(f"prefill=exact scores {choices['task']} in one full-precision pass, which would be fp16 under another name; use prefill=quantized.")
     if hasattr(task, "check"):
         task.check()
@@ -52,13 +59,15 @@ def prepare(cfg: DictConfig, choices: dict[str, str]) -> Cell:
     model = {k: v for k, v in resolved["model"].items() if k not in ("path", "device", "device_map", "data", "text")}
     if "path" in cfg.model:
         model["content"] = models.fingerprint(cfg.model.path, cfg.model.revision)
-        model["dtype"] = models.resolve(cfg.model.dtype, cfg.model.device)[0]
+    model["dtype"] = models.resolve(cfg.model.dtype, cfg.model.device)[0]
     calib = {k: v for k, v in resolved["calib"].items() if k not in ("memory_gb", "batch_size")}
+    if "calib" in depends:
+        calib["source"] = calibrate.content(cfg.calib.source)
     identity = {
         "model": model,
         "quant": {"name": choices["quant"], **resolved["quant"]},
         "task": {"name": choices["task"], **resolved["task"], "content": getattr(task, "content", None)},
-        "prefill": cfg.prefill if depends else "quantized",
+        "prefill": "quantized" if lossless else cfg.prefill,
         "calib": calib if "calib" in depends else None,
         "seed": cfg.seed if "seed" in depends else None,
     }
@@ -77,6 +86,7 @@ def run(cfg: DictConfig, choices: dict[str, str]) -> pd.DataFrame:
     if not cell.is_reference:
         fp16 = _reference(cfg, choices)
         if not (folder / f"{fp16.run}.parquet").is_file():
+            _samples(cell, *_instantiate(cfg.model, drop=("data", "text")))  # refuse before the long fp16 run
             _compute(fp16, folder, None)
         reference = _records(folder / f"{fp16.run}.jsonl")
     return report.show(_compute(cell, folder, reference))
@@ -113,18 +123,9 @@ def _compute(cell: Cell, folder: Path, reference: list[dict] | None) -> pd.DataF
 
 
 def _codecs(cell: Cell, model, tokenizer) -> list[tuple]:
-    cfg, depends = cell.cfg, cell.identity
+    cfg, config = cell.cfg, model.config.get_text_config(decoder=True)
     make_key, make_value = (_make(cfg.quant[kind], cfg.seed) for kind in ("key", "value"))
-    config = model.config.get_text_config(decoder=True)
-    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    for make in (make_key, make_value):
-        codec = make()
-        if hasattr(codec, "check"):
-            _refuse(codec.check, config.num_key_value_heads, dim)
-    if depends["calib"] is None:
-        samples = [torch.arange(64) % config.vocab_size]
-    else:
-        samples = calibrate.windows(tokenizer, cfg.calib.source, cfg.calib.samples, min(cfg.calib.length, config.max_position_embeddings), cfg.calib.offset)
+    samples = _samples(cell, model, tokenizer)
     quant = {k: v for k, v in cell.identity["quant"].items() if k not in ("sink", "window", "bits")}
     text = results.run_id({"tokens": [s.tolist() for s in samples]})
     recipe = {"quant": cell.choices["quant"], "codec": quant, "model": cell.identity["model"], "text": text, "seed": cfg.seed, "code": store.code_version()}
@@ -136,6 +137,19 @@ def _codecs(cell: Cell, model, tokenizer) -> list[tuple]:
         ),
         recipe=recipe, folder=Path(cfg.calibrations), device=model.device,
     )  # fmt: skip
+
+
+def _samples(cell: Cell, model, tokenizer) -> list[torch.Tensor]:
+    """The calibration text as token ids. Raises Refusal if there is too little or the codecs cannot serve the model's heads."""
+    calib, config = cell.cfg.calib, model.config.get_text_config(decoder=True)
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    for kind in ("key", "value"):
+        codec = _make(cell.cfg.quant[kind], cell.cfg.seed)()
+        if hasattr(codec, "check"):
+            _refuse(codec.check, config.num_key_value_heads, dim)
+    if cell.identity["calib"] is None:
+        return [torch.arange(64) % config.vocab_size]
+    return calibrate.windows(tokenizer, calib.source, calib.samples, min(calib.length, config.max_position_embeddings), calib.offset)
 
 
 def _bind(cell: Cell, model, tokenizer, codecs) -> models.LM:
