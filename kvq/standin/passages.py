@@ -24,7 +24,8 @@ def retrieval(rng: Random, filler, tokens: int, paragraphs: int | None = None) -
     most = min(30, rest // 34)
     made = _bodies(rng, filler, paragraphs or most, rest)
     index = rng.randrange(len(made))
-    return {"context": _numbered([body for _, body in made]), "input": made[index][0], "answers": [f"Paragraph {index + 1}"], "all_classes": None}
+    return {"context": _numbered([body for _, body in made]), "input": made[index][0], "answers": [f"Paragraph {index + 1}"], "all_classes": None,
+            "leads": [lead for lead, _ in made]}
 
 
 def counting(rng: Random, filler, tokens: int) -> dict:

@@ -38,17 +38,26 @@ def pairs(rng: Random, filler, tokens: int) -> list[tuple[str, str]]:
 
 
 def reverse(rng: Random, filler, tokens: int) -> list[tuple[str, str]]:
-    """Turns of a reverse look-up: numbered short texts, then a text or its beginning, answered with the number."""
-    label, words = rng.choice(LABELS), rng.choice((2, 3, 5, 8, 12))
-    make = (lambda: " ".join(rng.choice(lexicon.WORDS) for _ in range(words))) if rng.random() < 0.5 else (
+    """Turns of a reverse look-up: numbered texts of one word to a sentence, then many of them, each answered with its number.
+
+    In some lists the number also closes its text, which teaches the texts to keep their number in mind.
+    """
+    label, words = rng.choice((*LABELS, "", "")), rng.choice((1, 1, 1, 2, 2, 3, 5, 8, 12))
+    label += " " if label else ""
+    make = (lambda: " ".join(rng.choice(lexicon.WORDS) for _ in range(words))) if rng.random() < 0.6 or words < 3 else (
         lambda: " ".join(filler.sentence(rng, 100).split()[:words + 3]))
-    texts = list(dict.fromkeys(make() for _ in range(min(30, max(3, int(tokens / (words * 1.8 + 6)))))))
-    gap = rng.choice(("\n", "\n\n"))
-    total = min(len(texts), rng.choice((3, 5, 8, 12, 20, 30)))
-    lines = [f"{label} {index + 1}: {text}" for index, text in enumerate(texts[:total])]
-    while sum(map(filler.count, lines)) + total + 40 > tokens and total > 2:
-        total -= max(1, total // 8)
-        lines = lines[:total]
-    ask = rng.choice(("\n\nText: {}\nThe answer is:", "\n\nThe following is an abstract.\n\n{}\n\nThe answer is:", "\n\n{} is in:"))
-    turns = [(ask.format(texts[index]), f" {label} {index + 1}") for index in rng.sample(range(total), min(total, rng.choice((1, 2, 4))))]
-    return [(gap.join(lines) + turns[0][0], turns[0][1]), *turns[1:]]
+    most = min(30, max(2, int(tokens / (words * (3 if words < 3 else 1.8) * 1.6 + 18))))
+    texts = list(dict.fromkeys(make() for _ in range(rng.randint(2, most))))
+    total = len(texts)
+    numbers = rng.sample(range(1, 100), total) if rng.random() < 0.3 else list(range(1, total + 1))
+    closing = " ({})" if rng.random() < 0.15 else ""
+    lines = [f"{label}{number}: {text}{closing.format(number)}" for number, text in zip(numbers, texts, strict=True)]
+    ask = rng.choice(("\n{} ->", "\n{} ->", "\n\nText: {}\nThe answer is:", "\n\nThe following is an abstract.\n\n{}\n\nThe answer is:", "\n\n{} is in:"))
+    turns, left = [], tokens - filler.count("\n".join(lines))
+    for index in rng.sample(range(total), total):
+        turn = (ask.format(texts[index]), f" {label}{numbers[index]}")
+        left -= filler.count("".join(turn)) + 1
+        if turns and (left < 0 or len(turns) == 16):
+            break
+        turns.append(turn)
+    return [(rng.choice(("\n", "\n\n")).join(lines) + "\n" + turns[0][0], turns[0][1]), *turns[1:]]
