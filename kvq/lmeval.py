@@ -17,10 +17,12 @@ import io
 import itertools
 import json
 import logging
+import random
 import warnings
 from collections import defaultdict
 from pathlib import Path
 
+import numpy as np
 import torch
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
@@ -44,6 +46,19 @@ def quiet():
     finally:
         for logger, level in zip(loggers, levels):
             logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def seeded(seed: int):
+    """Python's and numpy's global generators start from `seed` inside and go on as before behind: RULER draws its prompts from them."""
+    states = random.getstate(), np.random.get_state()
+    random.seed(seed)
+    np.random.seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
 
 
 class CachedLM(HFLM):
@@ -152,8 +167,8 @@ def task_config(path: str | Path) -> dict:
 
 
 @functools.lru_cache(maxsize=8)
-def manager(names: tuple[str, ...], include_path: str | None = None):
-    """A TaskManager that knows `names`; only their folders are indexed where names lead to folders.
+def manager(names: tuple[str, ...], include_path: str | None = None, metadata: str = "{}"):
+    """A TaskManager that knows `names`; only their folders are indexed where names lead to folders. metadata: JSON for tasks that make their data.
 
     The full index (14,683 names) takes 4 to 9 seconds and is built only for names not found in a folder called like them.
     """
@@ -162,9 +177,9 @@ def manager(names: tuple[str, ...], include_path: str | None = None):
     folders = {library() / part for name in names for part in _folders(name) if (library() / part).is_dir()}
     extra = [include_path] if include_path else []
     with quiet():
-        found = TaskManager(include_defaults=False, include_path=[*sorted(map(str, folders)), *extra])
+        found = TaskManager(include_defaults=False, include_path=[*sorted(map(str, folders)), *extra], metadata=json.loads(metadata))
         if any(name not in found.task_index for name in names):
-            found = TaskManager(include_path=extra or None)
+            found = TaskManager(include_path=extra or None, metadata=json.loads(metadata))
     unknown = [name for name in names if name not in found.task_index]
     if unknown:
         close = difflib.get_close_matches(unknown[0], found.all_tasks, n=5)

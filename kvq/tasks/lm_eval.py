@@ -26,7 +26,9 @@ class LMEval:
 
     A group that lm-eval averages over examples (mmlu) is one subset; of any other group or tag each task is a subset.
     data: `hub`, or a folder with <task>/<split>.jsonl or .parquet. include_path: folder with task YAMLs of your own.
-    fewshot_seed: draws the shots (1234 is lm-eval's). chat: wrap prompts in the chat template. Raises Refusal on unknown names.
+    fewshot_seed: draws the shots (1234 is lm-eval's) and the prompts of tasks that make their own. chat: wrap prompts in the chat
+    template. metadata: what such tasks ask for (RULER: max_seq_lengths, tokenizer). needs: hub data sets that tasks load by themselves.
+    Raises Refusal on unknown names.
     """
 
     metric = "score"
@@ -34,9 +36,10 @@ class LMEval:
 
     def __init__(
         self, tasks, num_fewshot=None, limit=None, batch_size=1, data="hub", include_path=None, chat=False, max_new_tokens=None,
-        fewshot_seed=1234, chunk=None,
+        fewshot_seed=1234, chunk=None, metadata=None, needs=(),
     ):  # fmt: skip
         from kvq.lmeval import manager
+        from kvq.models import folder
 
         self.names = [tasks] if isinstance(tasks, str) else list(tasks or [])
         if not self.names:
@@ -47,7 +50,10 @@ class LMEval:
         self.chat, self.max_new_tokens, self.fewshot_seed, self.chunk = chat, max_new_tokens, fewshot_seed, chunk
         if include_path and not Path(include_path).is_dir():
             raise Refusal(f"task.include_path={include_path} is not a folder.")
-        self.manager = manager(tuple(self.names), include_path)
+        self.needs, metadata = list(needs or ()), dict(metadata or {})
+        if "tokenizer" in metadata:
+            metadata["tokenizer"] = str(folder(metadata["tokenizer"]) or metadata["tokenizer"])
+        self.manager = manager(tuple(self.names), include_path, json.dumps(metadata, sort_keys=True))
         self.leaves = {name: _leaves(self.manager.task_index, name) for name in self.names}
         named = list(num_fewshot) if isinstance(num_fewshot, dict) else []
         if unknown := [name for name in named if name not in self.names]:
@@ -77,6 +83,8 @@ class LMEval:
                 path = cfg.get("dataset_path")
                 if path and path not in LOADERS and not Path(path).exists() and path not in sources:
                     sources[path] = hub_revision(path, f"It is the data of {leaf}. {OFFLINE}")[0]
+            for path in self.needs:
+                sources[path] = hub_revision(path, OFFLINE.split(", or")[0] + ".")[0]
         for name in self.names:
             self._load(name, sources)
         for leaf, task in self._tasks.items():
@@ -139,7 +147,7 @@ class LMEval:
         for number, key in enumerate(requests[0].filtered_resps):
             answers = [request.filtered_resps[key] for request in requests]
             for name, value in task.process_results(doc, answers).items():
-                if name in keep:
+                if name in keep and not (value == -1 and name.isdigit()):  # RULER marks the lengths that an example does not have
                     metrics[name if number == 0 else f"{name}/{key}"] = float(value)
             if number == 0:
                 prediction = answers
@@ -148,6 +156,7 @@ class LMEval:
         return {
             "id": example.id, "subset": example.subset, "metrics": {"score": 100 * metrics[main], **metrics},
             "prediction": _text(prediction), "target": _plain(task.doc_to_target(doc)),
+            "text": requests[0].resps[0] if task.OUTPUT_TYPE == "generate_until" else None,  # before the task's filters
             "score_is": main, "shots": task.config.num_fewshot, "truncated": "left" if cut else None,
             "chance": 100 / len(requests) if main in ("acc", "acc_norm") and len(requests) > 1 else 0.0,
         }  # fmt: skip
@@ -165,7 +174,7 @@ class LMEval:
         task.set_config("num_fewshot", own or 0 if asked is None else asked)
 
     def _load(self, name: str, sources: dict) -> None:
-        from kvq.lmeval import load_task, quiet, task_config
+        from kvq.lmeval import load_task, quiet, seeded, task_config
 
         if self.data != "hub":
             for leaf in self.leaves[name]:
@@ -173,10 +182,14 @@ class LMEval:
                 self._tasks[leaf] = load_task(config, _splits(Path(self.data).expanduser(), leaf, config, sources))
             return
         try:
-            with quiet():
-                self._tasks.update(self.manager.load([name])["tasks"])
-        except (ImportError, OSError, ValueError) as error:
+            with quiet(), seeded(self.fewshot_seed):
+                loaded = self.manager.load([name])["tasks"]
+        except (ImportError, LookupError, OSError, ValueError) as error:
             raise Refusal(f"lm-eval's {name} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+        self._tasks.update(loaded)
+        for leaf, task in loaded.items():
+            if not task.config.dataset_path:  # made on the spot: a changed draw must change the run's name
+                sources[leaf] = hashlib.sha256(json.dumps([_plain(list(doc.values())) for doc in task.eval_docs]).encode()).hexdigest()[:16]
 
 
 def _answer(task, adapter, requests) -> None:
@@ -192,10 +205,10 @@ def _answer(task, adapter, requests) -> None:
 
 
 def _averaged(task) -> list[str]:
-    """Metrics whose value over a set is the mean over examples."""
+    """Metrics whose value over a set is the mean over examples, RULER's own averaging per length included."""
     from lm_eval.api.metrics import mean
 
-    return [name for name, aggregate in task.aggregation().items() if aggregate is mean]
+    return [name for name, aggregate in task.aggregation().items() if aggregate is mean or getattr(aggregate, "__name__", "") == "aggregate_metrics"]
 
 
 def _leaves(index: dict, name: str) -> dict[str, dict]:
