@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from kvq.cache import layer_kinds
+from kvq.cache import coded_shapes, layer_kinds
 from kvq.errors import Refusal
 from kvq.models import ROOT
 from kvq.quantizer import Calibration, Quantizer
@@ -64,19 +64,21 @@ def fit(model, samples: list[Tensor], make_key: Make, make_value: Make, *, seed:
     Passes over the text are repeated for as many groups of layers as `memory_gb` of recorded activations requires.
     """
     kinds = layer_kinds(model.config)
+    shapes = coded_shapes(model.config)
+    make_value = make_value if "value" in shapes else lambda: None
     pairs = [(make_key(), make_value()) if kind == "full_attention" else (None, None) for kind, _ in kinds]
     groups = [tuple(c.grad_group if c else None for c in pair) for pair in pairs]
     before_rope = any(key is not None and key.space == "pre" for key, _ in pairs)
     rope = _rope(model, before_rope)
     tokens = sum(len(s) for s in samples)
-    config = model.config.get_text_config(decoder=True)
-    width = (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads) * (2 * config.num_key_value_heads + config.num_attention_heads)
+    queries = model.config.get_text_config(decoder=True).num_attention_heads
+    width = sum(heads * dim for heads, dim in shapes.values()) + queries * shapes["key"][1]
     step = max(1, int(memory_gb * 2**30 / (tokens * width * 4)))
     progress = tqdm(total=len(kinds), desc="calibrate", unit="layer", disable=None)
     for first in range(0, len(kinds), step):
         layers = range(first, min(first + step, len(kinds)))
         for layer, stats in _gather(model, samples, layers, groups, rope if before_rope else None, batch_size).items():
-            for codec, kind in zip(pairs[layer], ("key", "value")):
+            for codec, kind in zip(pairs[layer], shapes):
                 codec.to(model.device).fit(_calibration(stats, kind, codec, layer, seed, rope, len(samples[0]), model.device))
         progress.update(len(layers))
     progress.close()
@@ -91,7 +93,7 @@ def _rope(model, required: bool) -> Rope | None:
             raise
         return None
     if required:
-        rope.refuse_moving_tables()
+        rope.check_undo()
     return rope
 
 

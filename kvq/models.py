@@ -114,7 +114,7 @@ class LM:
         before_rope = any(key is not None and key.space == "pre" for key, _ in codecs)
         self.rope = Rope(model) if before_rope else None
         if before_rope:
-            self.rope.refuse_moving_tables()
+            self.rope.check_undo()
         self.batch_safe = window == 0 and all(c.block == 1 and not getattr(c, "stateful", False) for c in used)
         self.table_bytes = table_bytes(used)
         self._open: list[QuantizedCache] = []

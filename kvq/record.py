@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import Cache
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING
 
-from kvq.cache import Handle, QuantizedLayer, layer_kinds
+from kvq.cache import is_latent, layer_kinds
+from kvq.layer import QuantizedLayer
 from kvq.rope import Rope
 
 
@@ -40,6 +41,20 @@ class RecordingLayer(QuantizedLayer):
         self.grads[which] = squared.unflatten(-1, (-1, group)).sum(-1).flatten(0, 1).cpu()
 
 
+class RecordingLatentLayer(RecordingLayer):
+    """The same for multi-head latent attention: its rotary keys, and of the queries the channels that meet them."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        batch, _, length, _ = value_states.shape
+        self._pending = (value_states, key_states[..., :0])
+        self.attend(value_states[:, :, :0], None, torch.arange(length, device=value_states.device).expand(batch, -1))
+        return key_states, value_states
+
+    def watch(self, query: Tensor) -> None:
+        rotary, nothing, _ = self.seen
+        self.seen = (rotary, nothing, query[..., -rotary.shape[3] :].detach())
+
+
 class _Nothing(nn.Module):
     block, space, bits, grad_group = 1, "post", 0.0, None
 
@@ -50,20 +65,22 @@ def record(model, samples: list[Tensor], layers: range, groups, rope: Rope | Non
     Yields the recording layers of `layers` after each batch. groups: (key, value) gradient group per layer index; rope: given if
     the gradients of keys are wanted before RoPE. What is recorded of a sample does not depend on the batch it is in.
     """
-    kinds = layer_kinds(model.config)
+    kinds, latent = layer_kinds(model.config), is_latent(model.config)
+    layer_class = RecordingLatentLayer if latent else RecordingLayer
     needs_grad = any(g for layer in layers for g in groups[layer])
     for start in range(0, len(samples), batch_size):
         ids = torch.stack(samples[start : start + batch_size]).to(model.device)
         slots = []
         for index, (kind, kwargs) in enumerate(kinds):
             if kind == "full_attention":
-                slots.append(RecordingLayer(groups[index] if index in layers else (None, None), rope, index))
+                slots.append(layer_class(groups[index] if index in layers else (None, None), rope, index))
             else:
                 slots.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**kwargs))
         positions = torch.arange(ids.shape[1], device=ids.device).expand(len(ids), -1)
         with torch.set_grad_enabled(needs_grad):
             embeds = model.get_input_embeddings()(ids).detach().requires_grad_(needs_grad)
-            logits = model(inputs_embeds=embeds, position_ids=positions, past_key_values=Cache(layers=slots)).logits
+            watch = {"watch": lambda index, query, slots=slots: slots[index].watch(query)} if latent else {}
+            logits = model(inputs_embeds=embeds, position_ids=positions, past_key_values=Cache(layers=slots), **watch).logits
             if needs_grad:
                 loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum") / (ids.shape[1] - 1)
                 torch.autograd.grad(loss, embeds)

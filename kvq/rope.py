@@ -25,41 +25,44 @@ class Rope:
         if self.module is None:
             raise Refusal(f"{type(model).__name__} has no rotary embedding that can be found as `rotary_emb`; use a codec with space=post.")
         config = model.config.get_text_config(decoder=True)
-        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.is_latent = bool(getattr(config, "kv_lora_rank", None))
+        self.head_dim = config.qk_rope_head_dim if self.is_latent else getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.layer_types = getattr(config, "layer_types", None)
-        self._apply = getattr(sys.modules[type(decoder).__module__], "apply_rotary_pos_emb", None)
+        source = sys.modules[type(decoder).__module__]
+        self._apply = getattr(source, "apply_rotary_pos_emb", None) or getattr(source, "apply_rotary_emb", None)
         if self._apply is None:
             raise Refusal(f"{type(model).__name__} rotates keys with a function of its own; use a codec with space=post.")
 
-    def refuse_moving_tables(self) -> None:
-        """Raise Refusal if the frequencies depend on the sequence length (rope types `dynamic`, `longrope`)."""
+    def check_undo(self) -> None:
+        """Raise Refusal where keys cannot be coded before RoPE: latents, and frequencies that depend on the sequence length."""
+        if self.is_latent:
+            raise Refusal("Multi-head latent attention caches its rotary key apart from the latent, after RoPE; use a codec with space=post.")
         types = self.module.rope_type
         for kind in types.values() if isinstance(types, dict) else [types]:
             if kind in MOVING_TABLES:
                 raise Refusal(f"RoPE type '{kind}' changes its frequencies as the sequence grows; use a codec with space=post.")
 
-    def _tables(self, positions: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+    def _tables(self, positions: Tensor, layer: int) -> tuple[Tensor, ...]:
+        """(cos, sin), or one complex table (DeepSeek-V2)."""
         probe = torch.empty(0, dtype=torch.float32, device=positions.device)
         by_layer = isinstance(getattr(self.module, "rope_type", None), dict)
-        if by_layer:
-            return self.module(probe, positions, self.layer_types[layer])
-        return self.module(probe, positions)
+        tables = self.module(probe, positions, self.layer_types[layer]) if by_layer else self.module(probe, positions)
+        return tables if isinstance(tables, tuple) else (tables,)
 
     @functools.cache
     def scaling(self, layer: int = 0) -> float:
         """The attention scaling that the tables carry (1 except for YaRN and its kin)."""
-        cos, sin = self._tables(torch.ones(1, 1, dtype=torch.long, device=self._device()), layer)
-        return float((cos[..., 0] ** 2 + sin[..., 0] ** 2).sqrt())
+        tables = self._tables(torch.ones(1, 1, dtype=torch.long, device=self._device()), layer)
+        return float(sum(t[..., 0].abs() ** 2 for t in tables).sqrt())
 
     def rotate(self, x: Tensor, positions: Tensor, layer: int = 0) -> Tensor:
         """x [B, H, T, D] before RoPE to after RoPE at positions [B, T], float32."""
-        cos, sin = self._tables(positions.to(x.device), layer)
-        return self._turn(x.float(), cos, sin)
+        return self._turn(x.float(), *self._tables(positions.to(x.device), layer))
 
     def unrotate(self, x: Tensor, positions: Tensor, layer: int = 0) -> Tensor:
         """Invert :meth:`rotate`: the opposite angle, divided by the squared scaling, in float32."""
-        cos, sin = self._tables(positions.to(x.device), layer)
-        back = self._turn(x.float(), cos, -sin)
+        *cos, sin = self._tables(positions.to(x.device), layer)
+        back = self._turn(x.float(), *cos, -sin if cos else sin.conj())
         scale = self.scaling(layer)
         if scale == 1.0:
             return back
@@ -67,8 +70,8 @@ class Rope:
         back[..., rotated] /= scale**2
         return back
 
-    def _turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        return self._apply(x, x[:, :1], cos, sin)[0]
+    def _turn(self, x: Tensor, *tables: Tensor) -> Tensor:
+        return self._apply(x, x[:, :1], *tables)[0]
 
     @functools.cache
     def pairs(self, layer: int = 0) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from kvq import calibrate, models, report, results, statistics, store
-from kvq.cache import PREFILLS
+from kvq.cache import PREFILLS, coded_shapes
 from kvq.errors import Refusal
 
 EVERYTHING = ("calib", "seed")
@@ -142,11 +142,10 @@ def _codecs(cell: Cell, model, tokenizer) -> list[tuple]:
 def _samples(cell: Cell, model, tokenizer) -> list[torch.Tensor]:
     """The calibration text as token ids. Raises Refusal if there is too little or the codecs cannot serve the model's heads."""
     calib, config = cell.cfg.calib, model.config.get_text_config(decoder=True)
-    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    for kind in ("key", "value"):
+    for kind, shape in coded_shapes(model.config).items():
         codec = _make(cell.cfg.quant[kind], cell.cfg.seed)()
         if hasattr(codec, "check"):
-            _refuse(codec.check, config.num_key_value_heads, dim)
+            _refuse(codec.check, *shape)
     if cell.identity["calib"] is None:
         return [torch.arange(64) % config.vocab_size]
     return calibrate.windows(tokenizer, calib.source, calib.samples, min(calib.length, config.max_position_embeddings), calib.offset)
