@@ -143,3 +143,19 @@ def test_quiet_restores_streams_after_an_error(capsys):
 
 def test_torch_grad_is_off(lm):
     assert not CachedLM(lm)._model_call(torch.ones(1, 4, dtype=torch.long)).requires_grad
+
+
+def test_seeded_draws_repeat_and_leave_no_trace():
+    import random
+
+    import numpy as np
+
+    from kvq.lmeval import seeded
+
+    before = random.getstate(), np.random.get_state()[1].tolist()
+    draws = []
+    for seed in (1, 1, 2):
+        with seeded(seed):
+            draws.append((random.random(), float(np.random.rand())))
+    assert draws[0] == draws[1] != draws[2]
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before

@@ -147,7 +147,8 @@ class LMEval:
         for number, key in enumerate(requests[0].filtered_resps):
             answers = [request.filtered_resps[key] for request in requests]
             for name, value in task.process_results(doc, answers).items():
-                if name in keep and not (value == -1 and name.isdigit()):  # RULER marks the lengths that an example does not have
+                # RULER's metrics are called like lengths, lists only some, and marks those that an example does not have with -1.
+                if (value != -1) if name.isdigit() else (name in keep):
                     metrics[name if number == 0 else f"{name}/{key}"] = float(value)
             if number == 0:
                 prediction = answers
