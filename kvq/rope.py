@@ -32,6 +32,8 @@ class Rope:
         self._apply = getattr(source, "apply_rotary_pos_emb", None) or getattr(source, "apply_rotary_emb", None)
         if self._apply is None:
             raise Refusal(f"{type(model).__name__} rotates keys with a function of its own; use a codec with space=post.")
+        # Cached per object, so that a sweep over models does not keep their tables.
+        self.scaling, self.pairs = functools.cache(self.scaling), functools.cache(self.pairs)
 
     def check_undo(self) -> None:
         """Raise Refusal where keys cannot be coded before RoPE: latents, and frequencies that depend on the sequence length."""
@@ -49,7 +51,6 @@ class Rope:
         tables = self.module(probe, positions, self.layer_types[layer]) if by_layer else self.module(probe, positions)
         return tables if isinstance(tables, tuple) else (tables,)
 
-    @functools.cache
     def scaling(self, layer: int = 0) -> float:
         """The attention scaling that the tables carry (1 except for YaRN and its kin)."""
         tables = self._tables(torch.ones(1, 1, dtype=torch.long, device=self._device()), layer)
@@ -73,7 +74,6 @@ class Rope:
     def _turn(self, x: Tensor, *tables: Tensor) -> Tensor:
         return self._apply(x, x[:, :1], *tables)[0]
 
-    @functools.cache
     def pairs(self, layer: int = 0) -> tuple[Tensor, Tensor]:
         """RoPE pairs ([L, 2] channels, [L] radians per token): channel i turns towards channel j. Found by rotating a basis."""
         device = self._device()

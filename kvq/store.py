@@ -63,10 +63,9 @@ def restore(pairs: list[tuple], recipe: dict, folder: Path, device) -> bool:
                 if run_id({field: kept.get(field)}) != run_id({field: recipe.get(field)}):
                     raise Refusal(f"{path} was calibrated with another {field} ({kept.get(field)}, wanted {recipe.get(field)}); delete it or set the same {field}.")
             groups: dict[tuple[int, str], dict] = {}
-            for name in stored.keys():
-                if name != "empty":
-                    layer, kind, buffer = name.split("/")
-                    groups.setdefault((int(layer), kind), {})[buffer] = stored.get_tensor(name)
+            for name in set(stored.keys()) - {"empty"}:
+                layer, kind, buffer = name.split("/")
+                groups.setdefault((int(layer), kind), {})[buffer] = stored.get_tensor(name)
     except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
         log.warning("%s is damaged (%s); calibrating again.", path, type(error).__name__)
         return False

@@ -55,10 +55,8 @@ class Stream:
         where = slice(start, start + x.shape[2])
         if self.turns:
             x = self.turns[1](x, self.positions[:, where])
-        if getattr(self.codec, "stateful", False):
-            codes = self.codec.encode(x, self.state)
-        else:
-            codes = self.codec.encode(x)
+        stateful = getattr(self.codec, "stateful", False)
+        codes = self.codec.encode(x, self.state) if stateful else self.codec.encode(x)
         self.codes = concatenate(self.codes, codes)
         self.encoded += x.shape[2]
         if self.memo:

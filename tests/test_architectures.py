@@ -12,7 +12,7 @@ from tests import quants
 from tests.kvq.codecs import generate, pad_left, tokens
 
 SLIDING, LATENT = {"mistral"}, {"deepseek_v2"}
-SAMPLES = list(tokens(2, 320))
+SAMPLES = list(tokens(2, 130))
 BITS = (1, 2, 4)
 
 

@@ -4,9 +4,14 @@ from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from kvq import tiny
 from kvq.models import LM
+
+NEAR = {"atol": 3e-5, "rtol": 0}
+"""fp32 rounding on the tiny models, whose lossy codec moves logits by more than FAR."""
+FAR = 1e-3
 
 
 class Lossy(nn.Module):
@@ -117,3 +122,17 @@ def forced(lm: LM, ids: Tensor, chunks: list[int], cache=None) -> Tensor:
         parts.append(lm.model(ids[:, start : start + size], position_ids=positions, past_key_values=cache).logits)
         start += size
     return torch.cat(parts, dim=1)
+
+
+def lossy(options: dict, held: dict, architecture: str = "llama", **more) -> LM:
+    """A tiny model under Lossy(**options) with sink and window from `held`."""
+    return bind(architecture, lambda model: lossy_pairs(model, **options), **held, **more)
+
+
+def library(lm: LM, ids: Tensor, mask: Tensor | None = None, **options) -> SimpleNamespace:
+    """The same generation over transformers' own cache."""
+    return generate(lm, ids, mask, cache=DynamicCache(config=lm.model.config), **options)
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max())

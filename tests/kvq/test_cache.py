@@ -1,40 +1,19 @@
-"""The cache adapter on tiny models: exact where it must be, lossy where it says so, and loud about what it cannot do."""
+"""The cache adapter on tiny models: exact where nothing may be lost, each token encoded once, padding and chunks without effect."""
 
-import inspect
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import DynamicCache, DynamicLayer
-from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, CacheLayerMixin
+from transformers import DynamicCache
 
-from kvq import tiny
 from kvq.baselines.fp16 import FP16
-from kvq.cache import QuantizedCache, QuantizedLayer
 from kvq.errors import Refusal
-from tests.kvq.codecs import Exact, Lossy, Spy, bind, forced, generate, lossy_pairs, pad_left, pairs, tokens
+from tests.kvq.codecs import FAR, NEAR, Exact, Spy, bind, distance, forced, generate, library, lossy, pad_left, pairs, tokens
 
-NEAR = {"atol": 3e-5, "rtol": 0}
-"""fp32 rounding on the tiny models, whose lossy codec moves logits by more than FAR."""
-FAR = 1e-3
 LAYOUTS = [
     {}, {"block": 4}, {"stateful": True}, {"space": "pre"}, {"space": "pre", "block": 4}, {"space": "pre", "stateful": True, "block": 2}
 ]  # fmt: skip
 HELD = [{}, {"sink": 2}, {"window": 7}, {"sink": 3, "window": 5}]
-
-
-def lossy(options: dict, held: dict, architecture: str = "llama", **more):
-    return bind(architecture, lambda model: lossy_pairs(model, **options), **held, **more)
-
-
-def library(lm, ids, mask=None, **options):
-    return generate(lm, ids, mask, cache=DynamicCache(config=lm.model.config), **options)
-
-
-def distance(a, b) -> float:
-    return float((a - b).abs().max())
-
-
-# Identity
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen25", "glm4", "gemma3", "llama_yarn"])
@@ -62,8 +41,6 @@ def test_sixteen_bits_lose_nothing_of_a_bfloat16_model(held, memo):
 
 
 def _shape(model):
-    from types import SimpleNamespace
-
     config = model.config
     return SimpleNamespace(x=torch.zeros(config.num_key_value_heads, 4, config.head_dim), kind="key", layer=0, seed=0)
 
@@ -74,9 +51,6 @@ def test_keys_before_rope_come_back_as_they_were(architecture):
     ids, mask = pad_left(tokens(2, 20), [0, 5])
     ours, theirs = generate(lm, ids, mask, steps=20), library(lm, ids, mask, steps=20)
     torch.testing.assert_close(ours.logits, theirs.logits, **NEAR)
-
-
-# Loss, and only once
 
 
 @pytest.mark.parametrize("options", LAYOUTS, ids=str)
@@ -139,9 +113,6 @@ def test_with_a_window_one_pass_is_streaming_with_the_window_full_precision_at_t
     torch.testing.assert_close(streamed[:, :8], lm.model(ids).logits[:, :8], **NEAR)
 
 
-# Padding
-
-
 @pytest.mark.parametrize("options", LAYOUTS, ids=str)
 @pytest.mark.parametrize("held", HELD, ids=str)
 @pytest.mark.parametrize("prefill", ["quantized", "exact"])
@@ -197,9 +168,6 @@ def test_a_first_chunk_of_padding_is_refused():
         generate(lm, ids, mask, prefill_chunk_size=8)
 
 
-# Chunks and protocols
-
-
 @pytest.mark.parametrize("options", [{}, {"space": "pre", "block": 4}], ids=str)
 @pytest.mark.parametrize("chunk", [5, 8, 16])
 def test_chunked_prefill_stores_the_same_codes(options, chunk):
@@ -249,193 +217,3 @@ def test_beams_may_follow_an_exact_prefill():
 def test_an_unknown_protocol_is_refused():
     with pytest.raises(Refusal, match="quantized, exact"):
         bind(prefill="fast").new_cache()
-
-
-# Ways of generating
-
-
-@pytest.mark.parametrize("held", [{}, {"sink": 1, "window": 3}], ids=str)
-@pytest.mark.parametrize("options", [{}, {"space": "pre", "block": 2, "stateful": True}], ids=str)
-def test_beams_of_a_batch_are_the_beams_of_its_rows(options, held):
-    lm = lossy(options, held)
-    ids, pads = tokens(2, 15), [0, 4]
-    beams = {"num_beams": 3, "num_return_sequences": 2}
-    together = generate(lm, *pad_left(ids, pads), **beams)
-    for row, pad in enumerate(pads):
-        alone = generate(lm, ids[row : row + 1, pad:], **beams)
-        assert torch.equal(together.tokens[2 * row : 2 * row + 2], alone.tokens)
-    together.cache.audit()
-
-
-def test_beams_equal_the_library_where_nothing_is_lost():
-    lm = bind("llama", lambda model: pairs(model, Exact))
-    ids, mask = pad_left(tokens(2, 15), [0, 4])
-    assert torch.equal(*(out(lm, ids, mask, num_beams=4).tokens for out in (generate, library)))
-
-
-def test_sampling_and_return_sequences():
-    lm = bind("llama", lambda model: pairs(model, Exact))
-    ids, mask = pad_left(tokens(2, 15), [0, 4])
-    drawn = []
-    for out in (generate, library):
-        torch.manual_seed(3)
-        drawn.append(out(lm, ids, mask, do_sample=True, num_return_sequences=3, temperature=2.0).tokens)
-    assert drawn[0].shape == (6, 6) and torch.equal(*drawn)
-
-
-def test_batch_repeat_and_select():
-    lm = lossy({"space": "pre"}, {"sink": 1, "window": 2})
-    ids = tokens(2, 12)
-    cache = lm.new_cache()
-    forced(lm, ids[:, :10], [10], cache)
-    cache.batch_repeat_interleave(2)
-    cache.batch_select_indices(torch.tensor([1, 2]))
-    positions = torch.tensor([[10, 11]])
-    with torch.inference_mode():
-        logits = lm.model(ids[:, 10:], position_ids=positions, past_key_values=cache).logits
-    torch.testing.assert_close(logits, forced(lm, ids, [10, 2])[:, 10:], **NEAR)
-    assert cache.audit()["tokens"] == 24
-
-
-# What is not supported says so
-
-
-def test_assisted_and_prompt_lookup_decoding_say_what_is_missing():
-    lm = bind()
-    with pytest.raises((NotImplementedError, Refusal), match="cropped|not supported"):
-        generate(lm, tokens(1, 12).repeat(1, 2), prompt_lookup_num_tokens=2, steps=12)
-    with pytest.raises((NotImplementedError, Refusal), match="cropped|not supported"):
-        lm.new_cache().crop(-1)
-
-
-def test_offloading_says_so():
-    layer = bind().new_cache().layers[0]
-    for call in (layer.offload, layer.prefetch):
-        with pytest.raises(NotImplementedError, match="offloaded"):
-            call()
-
-
-READERS = {"get_mask_sizes", "get_max_length"}
-"""Inherited methods that touch no stored token; get_mask_sizes asks get_seq_length, which is ours."""
-
-
-def test_every_inherited_method_that_touches_tokens_is_ours():
-    inherited = {name for name, _ in inspect.getmembers(DynamicLayer, inspect.isfunction) if not name.startswith("_")}
-    assert {n for n in inherited if n not in vars(QuantizedLayer)} == READERS
-    assert QuantizedLayer.is_croppable is False and QuantizedLayer._layer_type is None
-
-
-def test_the_librarys_own_layers_stay_registered():
-    assert DYNAMIC_LAYER_TYPE_MAPPING["full_attention"] is DynamicLayer
-    assert not [kind for kind, layer in DYNAMIC_LAYER_TYPE_MAPPING.items() if layer.__module__.startswith("kvq")]
-    assert all(type(layer) is DynamicLayer for layer in DynamicCache(config=tiny.load("llama", "float32", "cpu")[0].config).layers)
-    assert issubclass(QuantizedLayer, CacheLayerMixin)
-
-
-@pytest.mark.parametrize("keyword", ["softcap", "s_aux", "position_bias", "sliding_window"])
-def test_an_unknown_attention_keyword_is_refused_by_name(keyword):
-    lm = bind()
-    with pytest.raises(Refusal, match=keyword), torch.inference_mode():
-        lm.model(tokens(1, 5), past_key_values=lm.new_cache(), **{keyword: torch.ones(1)})
-
-
-def test_a_handle_that_nobody_reads_is_refused():
-    lm = bind()
-    layer = lm.new_cache().layers[0]
-    x = torch.zeros(1, 2, 3, 16)
-    layer.update(x, x)
-    with pytest.raises(Refusal, match="does not call the registered attention"):
-        layer.update(x, x)
-
-
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-def test_a_model_that_bypasses_our_attention_cannot_be_scored(implementation):
-    model, tokenizer = tiny.load("llama", "float32", "cpu", 7)
-    lm = bind()
-    lm.model = model
-    try:
-        model.set_attn_implementation(implementation)
-        with pytest.raises(Refusal, match="attention"):
-            lm.logits(tokens(1, 5))
-    finally:
-        model.set_attn_implementation("kvq")
-
-
-def test_a_cache_that_was_never_filled_fails_the_audit():
-    cache = bind().new_cache()
-    with pytest.raises(RuntimeError, match="never saw a token"):
-        cache.audit()
-
-
-def test_a_lost_token_fails_the_audit():
-    lm = bind()
-    cache = lm.new_cache()
-    forced(lm, tokens(1, 9), [9], cache)
-    cache.layers[1].streams[0].encoded -= 1
-    with pytest.raises(RuntimeError, match="Layer 1: keys hold 8 coded"):
-        cache.audit()
-    with pytest.raises(RuntimeError, match="not valid"):
-        lm.usage()
-
-
-def test_every_call_gets_a_cache_of_its_own():
-    lm = bind()
-    first, again = (lm.logits(tokens(2, 10)) for _ in range(2))
-    assert torch.equal(first, again) and lm.new_cache().get_seq_length() == 0
-    usage = lm.usage()
-    assert usage["tokens"] == 40 and usage["encoded"] == 40 and lm.usage() == {}
-
-
-def test_reset_empties():
-    lm = bind(window=3)
-    cache = lm.new_cache()
-    before = forced(lm, tokens(1, 9), [9], cache)
-    cache.reset()
-    assert cache.get_seq_length() == 0 and not cache.layers[0].streams
-    assert torch.equal(forced(lm, tokens(1, 9), [9], cache), before)
-
-
-# Layer types
-
-
-def test_a_model_of_sliding_layers_only_is_refused_by_type():
-    with pytest.raises(Refusal, match="mistral.*sliding_attention.*sliding_window=null"):
-        bind("mistral")
-
-
-def test_full_layers_are_quantized_and_sliding_ones_left_to_the_library():
-    lm = bind("gemma3")
-    cache = lm.new_cache()
-    assert [type(layer).__name__ for layer in cache.layers] == ["DynamicSlidingWindowLayer", "QuantizedLayer"]
-    out = generate(lm, *pad_left(tokens(2, 50), [0, 7]), steps=10)
-    report = out.cache.audit()
-    assert report["encoded"] == report["tokens"] == 2 * 59 - 7
-    sliding = out.cache.layers[0]
-    assert report["exact_bytes"] == sum(x.numel() * 4 for x in (sliding.keys, sliding.values))
-
-
-def test_layers_without_codecs_may_be_none():
-    model, _ = tiny.load("gemma3", "float32", "cpu")
-    codecs = lossy_pairs(model)
-    lm = bind("gemma3", [(None, None), codecs[1]])
-    assert lm.logits(tokens(1, 6)).isfinite().all() and lm.usage()["encoded"] == 6
-
-
-@pytest.mark.parametrize("kind", ["gemma2", "gpt_oss"])
-def test_softcaps_and_attention_sinks_are_refused(kind):
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.for_model(kind, **{**tiny.SHAPE, "head_dim": 16, "vocab_size": 320, "num_local_experts": 2, "pad_token_id": 0})
-    config.layer_types = ["full_attention", "sliding_attention"]
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="kvq").eval()
-    cache = QuantizedCache(config, lossy_pairs(model))
-    with pytest.raises(Refusal, match="softcap|s_aux"), torch.inference_mode():
-        model(tokens(1, 5), past_key_values=cache)
-
-
-def test_keys_before_rope_need_positions():
-    layer = QuantizedLayer(Lossy(space="pre"), Lossy(), sink=0, window=0, prefill="quantized", memo=True)
-    x = torch.zeros(1, 2, 3, 16)
-    layer.update(x, x)
-    with pytest.raises(Refusal, match="position_ids"):
-        layer.attend(x, None, None)
