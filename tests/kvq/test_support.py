@@ -50,12 +50,12 @@ def test_batch_repeat_and_select():
     cache = lm.new_cache()
     forced(lm, ids[:, :10], [10], cache)
     cache.batch_repeat_interleave(2)
-    cache.batch_select_indices(torch.tensor([1, 2]))
-    positions = torch.tensor([[10, 11]])
+    cache.batch_select_indices(torch.tensor([1, 2, 3]))
+    rows = torch.tensor([0, 1, 1])
     with torch.inference_mode():
-        logits = lm.model(ids[:, 10:], position_ids=positions, past_key_values=cache).logits
-    torch.testing.assert_close(logits, forced(lm, ids, [10, 2])[:, 10:], **NEAR)
-    assert cache.audit()["tokens"] == 24
+        logits = lm.model(ids[rows, 10:], position_ids=torch.tensor([[10, 11]]), past_key_values=cache).logits
+    torch.testing.assert_close(logits, forced(lm, ids, [10, 2])[rows, 10:], **NEAR)
+    assert cache.audit()["tokens"] == 36
 
 
 def test_assisted_and_prompt_lookup_decoding_say_what_is_missing():
