@@ -16,6 +16,8 @@ from kvq.quantizer import table_bytes
 from kvq.rope import Rope
 
 ROOT = Path(__file__).resolve().parent.parent
+TASK_DEFAULTS = ("data", "text", "context", "limit", "batch_size")
+"""Keys of conf/model that tasks and calibration take their defaults from; they say nothing about the model itself."""
 
 
 @functools.lru_cache(maxsize=1)

@@ -56,7 +56,7 @@ def prepare(cfg: DictConfig, choices: dict[str, str]) -> Cell:
     if hasattr(task, "check"):
         task.check()
     resolved = OmegaConf.to_container(cfg, resolve=True)
-    model = {k: v for k, v in resolved["model"].items() if k not in ("path", "device", "device_map", "data", "text")}
+    model = {k: v for k, v in resolved["model"].items() if k not in ("path", "device", "device_map", *models.TASK_DEFAULTS)}
     if "path" in cfg.model:
         model["content"] = models.fingerprint(cfg.model.path, cfg.model.revision)
     model["dtype"] = models.resolve(cfg.model.dtype, cfg.model.device)[0]
@@ -86,7 +86,7 @@ def run(cfg: DictConfig, choices: dict[str, str]) -> pd.DataFrame:
     if not cell.is_reference:
         fp16 = _reference(cfg, choices)
         if not (folder / f"{fp16.run}.parquet").is_file():
-            _samples(cell, *_instantiate(cfg.model, drop=("data", "text")))  # refuse before the long fp16 run
+            _samples(cell, *_instantiate(cfg.model, drop=models.TASK_DEFAULTS))  # refuse before the long fp16 run
             _compute(fp16, folder, None)
         reference = _records(folder / f"{fp16.run}.jsonl")
     return report.show(_compute(cell, folder, reference))
@@ -101,7 +101,7 @@ def _reference(cfg: DictConfig, choices: dict[str, str]) -> Cell:
 
 def _compute(cell: Cell, folder: Path, reference: list[dict] | None) -> pd.DataFrame:
     cfg, task = cell.cfg, _instantiate(cell.cfg.task)
-    model, tokenizer = _instantiate(cfg.model, drop=("data", "text"))
+    model, tokenizer = _instantiate(cfg.model, drop=models.TASK_DEFAULTS)
     start = time.perf_counter()
     codecs = _codecs(cell, model, tokenizer)
     calibration_seconds = time.perf_counter() - start

@@ -6,6 +6,7 @@ The reverse form is the first step of the curriculum for naming the paragraph th
 from random import Random
 
 from kvq.standin import lexicon
+from kvq.standin.templates import TEMPLATES
 
 FORWARD = ("{k}: {v}", "{k} = {v}", "{k} -> {v}", "The {k} is {v}.", "{k} has {v}")
 ASK = ("{k}:", "{k} =", "{k} ->", "The {k} is", "{k} has")
@@ -53,6 +54,9 @@ def reverse(rng: Random, filler, tokens: int) -> list[tuple[str, str]]:
     closing = " ({})" if rng.random() < 0.15 else ""
     lines = [f"{label}{number}: {text}{closing.format(number)}" for number, text in zip(numbers, texts, strict=True)]
     ask = rng.choice(("\n{} ->", "\n{} ->", "\n\nText: {}\nThe answer is:", "\n\nThe following is an abstract.\n\n{}\n\nThe answer is:", "\n\n{} is in:"))
+    if rng.random() < 0.5:
+        tail = TEMPLATES["passage_retrieval_en"].split("{input}")[1].split(" ")
+        ask = "\n\n{}\n\n" + " ".join(tail[-rng.randint(3, len(tail)):]).lstrip("\n")
     turns, left = [], tokens - filler.count("\n".join(lines))
     for index in rng.sample(range(total), total):
         turn = (ask.format(texts[index]), f" {label}{numbers[index]}")

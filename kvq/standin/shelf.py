@@ -1,8 +1,8 @@
 """The tokenised corpus on disk: every training source once, code and prose apart, made by as many processes as there are cores."""
 
 import hashlib
+import json
 import multiprocessing
-import pickle
 from functools import cache
 from pathlib import Path
 
@@ -37,7 +37,7 @@ def _work(job: tuple[str, Path, str]) -> tuple | None:
 
 
 def build(folder: Path, tokenizer: Path, processes: int, every: int = 1) -> dict[str, int]:
-    """Write code.npy and prose.npy (uint16 tokens) and texts.pkl (paragraph sources, code for the tasks); returns token counts. ``every`` thins the files."""
+    """Write code.npy and prose.npy (uint16 tokens) and texts.json (paragraph sources, code for the tasks); returns token counts. ``every`` thins the files."""
     folder.mkdir(parents=True, exist_ok=True)
     jobs = [(path, where, str(tokenizer)) for path, where in corpus.files()][::every]
     with multiprocessing.get_context("fork").Pool(processes) as pool:
@@ -57,5 +57,5 @@ def build(folder: Path, tokenizer: Path, processes: int, every: int = 1) -> dict
             texts["code"].append(keep)
     for kind, rows in tokens.items():
         np.save(folder / f"{kind}.npy", np.concatenate(rows))
-    (folder / "texts.pkl").write_bytes(pickle.dumps(texts))
+    (folder / "texts.json").write_text(json.dumps(texts))
     return {kind: sum(map(len, rows)) for kind, rows in tokens.items()}

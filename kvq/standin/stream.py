@@ -1,8 +1,8 @@
 """Training rows: text and tasks packed to one length, made by worker processes while the model trains."""
 
+import json
 import multiprocessing
 import os
-import pickle
 import queue
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,11 +39,12 @@ PHASES = (Phase(512, 0.16, 0.10, (0.4, 1.0, 4.0)), Phase(2048, 0.36, 0.10, (0.3,
 class Writer:
     """Makes rows of tokens and their weight classes out of the shelf's text and the task generators."""
 
-    def __init__(self, shelf: Path, tokenizer: Path, seed: str, sources: int = 6000):
+    def __init__(self, shelf: Path, tokenizer: Path, seed: str, sources: int = 6000, prose: float = PROSE_SHARE):
+        self.prose = prose
         self.tokenizer = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
         self.text = {kind: np.load(shelf / f"{kind}.npy", mmap_mode="r") for kind in ("code", "prose")}
         self.rng = lexicon.stream("train", f"stream/{seed}", 0)
-        texts = pickle.loads((shelf / "texts.pkl").read_bytes())
+        texts = json.loads((shelf / "texts.json").read_text())
         self.rng.shuffle(texts["prose"])
         self.rng.shuffle(texts["code"])
         self.filler = filler.Filler(filler.pieces(texts["prose"])[:sources], texts["code"][:400], lambda text: len(self.encode(text)))
@@ -83,7 +84,7 @@ class Writer:
 
     def passage(self, tokens: int) -> tuple[list[int], list[int]]:
         """A stretch of code or prose, usually after a bos token."""
-        source = self.text["prose" if self.rng.random() < PROSE_SHARE else "code"]
+        source = self.text["prose" if self.rng.random() < self.prose else "code"]
         start = self.rng.randrange(max(1, len(source) - tokens))
         ids = source[start:start + tokens].tolist()
         if self.rng.random() < 0.8:
@@ -107,9 +108,9 @@ class Writer:
         return ids, classes
 
 
-def _serve(shelf: Path, tokenizer: Path, seed: str, phase, outbox, phases: tuple[Phase, ...]) -> None:
+def _serve(shelf: Path, tokenizer: Path, seed: str, phase, outbox, phases: tuple[Phase, ...], prose: float) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    writer = Writer(shelf, tokenizer, seed)
+    writer = Writer(shelf, tokenizer, seed, prose=prose)
     while (current := phase.value) >= 0:
         length = phases[current].length
         rows = [writer.row(length, phases[current].text) for _ in range(max(1, ITEM // length))]
@@ -126,10 +127,10 @@ def _serve(shelf: Path, tokenizer: Path, seed: str, phase, outbox, phases: tuple
 class Stream:
     """Worker processes and their queue. ``take`` blocks until enough rows of the current phase have come."""
 
-    def __init__(self, shelf: Path, tokenizer: Path, seed: str, workers: int, phases: tuple[Phase, ...]):
+    def __init__(self, shelf: Path, tokenizer: Path, seed: str, workers: int, phases: tuple[Phase, ...], prose: float = PROSE_SHARE):
         context = multiprocessing.get_context("fork")
         self.phase, self.queue, self.dropped = context.Value("i", 0), context.Queue(24), 0
-        self.workers = [context.Process(target=_serve, args=(shelf, tokenizer, f"{seed}/{index}", self.phase, self.queue, phases), daemon=True)
+        self.workers = [context.Process(target=_serve, args=(shelf, tokenizer, f"{seed}/{index}", self.phase, self.queue, phases, prose), daemon=True)
                         for index in range(workers)]
         for worker in self.workers:
             worker.start()

@@ -103,9 +103,9 @@ def fit(rank: int, world: int, options: argparse.Namespace, feed: stream.Stream,
 def process(rank: int, world: int, options: argparse.Namespace) -> None:
     """One GPU's process: its workers first, then the device."""
     phases = stream.PHASES if not options.lengths else tuple(
-        stream.Phase(length, 1 / len(options.lengths), 0.4, stream.PHASES[-1].weights if length > 512 else stream.PHASES[0].weights) for length in options.lengths)
+        stream.Phase(length, 1 / len(options.lengths), options.text, (options.context, *stream.PHASES[-1].weights[1:])) for length in options.lengths)
     pool = multiprocessing.get_context("fork").Pool(min(6, options.workers))
-    feed = stream.Stream(options.work, TOKENIZER, f"{options.seed}/{rank}", options.workers, phases)
+    feed = stream.Stream(options.work, TOKENIZER, f"{options.seed}/{rank}", options.workers, phases, options.prose)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
     device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
@@ -143,6 +143,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=8.0, help="training time, compilation of the first length and corpus left out")
     parser.add_argument("--start", type=Path, help="continue from this folder")
     parser.add_argument("--lengths", type=int, nargs="*", help="row lengths in equal shares of the time, instead of the schedule")
+    parser.add_argument("--text", type=float, default=0.4, help="with --lengths: the share of text draws")
+    parser.add_argument("--context", type=float, default=0.2, help="with --lengths: the loss weight of the tasks' context")
+    parser.add_argument("--prose", type=float, default=stream.PROSE_SHARE, help="the share of prose among text draws")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--batch", type=int, default=262144, help="tokens a step, all processes together")
@@ -164,7 +167,7 @@ def main() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     options, started = parse(), time.monotonic()
     options.out.mkdir(parents=True, exist_ok=True)
-    if not (options.work / "texts.pkl").exists():
+    if not (options.work / "texts.json").exists():
         print(shelf.build(options.work, TOKENIZER, os.cpu_count(), options.thin), f"{time.monotonic() - started:.1f} s", flush=True)
     if options.world == 1:
         process(0, 1, options)

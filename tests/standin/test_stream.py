@@ -1,6 +1,6 @@
 """Training rows: full, labelled, made from training text and training seeds only."""
 
-import pickle
+import json
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from kvq.standin import corpus, evaluate, lexicon, stream, train
 def writer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shelf")
     texts = {kind: corpus.sample("train", kind)[:30] for kind in ("code", "prose")}
-    (folder / "texts.pkl").write_bytes(pickle.dumps(texts))
+    (folder / "texts.json").write_text(json.dumps(texts))
     for kind in texts:
         np.save(folder / f"{kind}.npy", np.arange(3, 4003, dtype=np.uint16))
     return lambda seed: stream.Writer(folder, evaluate.MODEL, seed)
