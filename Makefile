@@ -4,7 +4,7 @@ ARGS ?= quant=gsrq bits=1 task=longbench
 BIN := .venv/bin
 PINS = $(PYTHON) -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; print('\n'.join(p['dependencies'] if '$(1)' == 'run' else p['optional-dependencies']['$(1)']))"
 
-.PHONY: help setup run test test-gpu lint figures clean
+.PHONY: help setup run test test-gpu lint figures standin clean
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
@@ -24,6 +24,11 @@ lint: .venv/dev.ready  ## ruff
 
 figures: .venv/run.ready  ## draw results/figures from results/ alone
 	@$(BIN)/python -m experiments
+
+standin: .venv/run.ready  ## train the stand-in model again (needs a GPU, under 15 minutes); the result is in build/stage2
+	$(BIN)/python -m kvq.standin.train --work build/standin --out build/stage1 --minutes 5.3 --eval-minutes 0.6
+	$(BIN)/python -m kvq.standin.train --work build/standin --out build/stage2 --start build/stage1 --lengths 2048 8192 16384 \
+		--text 0.4 --context 0 --prose 0.05 --seed 2 --minutes 2.2 --eval-minutes 0.5
 
 clean:  ## remove logs, partial runs and stored calibrations; results/ stays
 	rm -rf outputs multirun

@@ -129,6 +129,18 @@ class GSRQ(nn.Module):
         self.codebooks = torch.stack(books, 1)
         return self
 
+    def adopt(self, finer: dict[str, Tensor]) -> bool:
+        """Take the first stages from the buffers of a finer fit with the same options; False if it has too few or other pieces.
+
+        Stages are learned in order, so these are the very codebooks that `fit` would return.
+        """
+        books, heads = finer["codebooks"], int(finer["heads"])
+        piece, stages = self.check(heads, books.shape[0] * books.shape[3] // heads)
+        if books.shape[3] != piece or books.shape[1] < stages:
+            return False
+        self.codebooks, self.scale, self.heads = books[:, :stages].contiguous(), finer["scale"], finer["heads"]
+        return True
+
     @torch.no_grad()
     def encode(self, x: Tensor) -> dict[str, Tensor]:
         """Codes {"codes": uint8 [B, 1, T, pieces * stages * log2(entries) / 8]} of x [B, H, T, D]; raises ValueError if x is not finite.

@@ -54,21 +54,12 @@ def restore(pairs: list[tuple], recipe: dict, folder: Path, device) -> bool:
     Raises Refusal if the entry under this key was made from another recipe, naming the field.
     """
     path = path_of(recipe, folder)
-    if not path.is_file():
+    if not path.is_file() or (found := _read(path, device)) is None:
         return False
-    try:
-        with safe_open(path, framework="pt", device=str(device)) as stored:
-            kept = json.loads((stored.metadata() or {}).get("recipe", "{}"))
-            for field in sorted(set(recipe) | set(kept)):
-                if run_id({field: kept.get(field)}) != run_id({field: recipe.get(field)}):
-                    raise Refusal(f"{path} was calibrated with another {field} ({kept.get(field)}, wanted {recipe.get(field)}); delete it or set the same {field}.")
-            groups: dict[tuple[int, str], dict] = {}
-            for name in set(stored.keys()) - {"empty"}:
-                layer, kind, buffer = name.split("/")
-                groups.setdefault((int(layer), kind), {})[buffer] = stored.get_tensor(name)
-    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
-        log.warning("%s is damaged (%s); calibrating again.", path, type(error).__name__)
-        return False
+    kept, groups = found
+    for field in sorted(set(recipe) | set(kept)):
+        if run_id({field: kept.get(field)}) != run_id({field: recipe.get(field)}):
+            raise Refusal(f"{path} was calibrated with another {field} ({kept.get(field)}, wanted {recipe.get(field)}); delete it or set the same {field}.")
     for layer, pair in enumerate(pairs):
         for kind, codec in zip(("key", "value"), pair):
             if codec is not None:
@@ -76,10 +67,45 @@ def restore(pairs: list[tuple], recipe: dict, folder: Path, device) -> bool:
     return True
 
 
+def _read(path: Path, device) -> tuple[dict, dict] | None:
+    """(recipe, {(layer, kind): buffers}) of one entry, or None after a warning if it is damaged."""
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as stored:
+            recipe = json.loads((stored.metadata() or {}).get("recipe", "{}"))
+            groups: dict[tuple[int, str], dict] = {}
+            for name in set(stored.keys()) - {"empty"}:
+                layer, kind, buffer = name.split("/")
+                groups.setdefault((int(layer), kind), {})[buffer] = stored.get_tensor(name)
+            return recipe, groups
+    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, ValueError, OSError) as error:
+        log.warning("%s is damaged (%s); calibrating again.", path, type(error).__name__)
+        return None
+
+
+def _adopt(pairs: list[tuple], recipe: dict, folder: Path, device) -> bool:
+    """Take codecs from a finer fit that differs in bits alone, where the method can (`adopt(buffers) -> bool`)."""
+    if not all(hasattr(codec, "adopt") for pair in pairs for codec in pair):
+        return False
+    for path in sorted(Path(folder).glob(f"{recipe['quant']}-*.safetensors")):
+        found = _read(path, device)
+        if found is None or run_id(_without_bits(found[0])) != run_id(_without_bits(recipe)):
+            continue
+        groups = found[1]
+        if all((i, kind) in groups and codec.adopt(groups[i, kind]) for i, pair in enumerate(pairs) for kind, codec in zip(("key", "value"), pair)):
+            return True
+    return False
+
+
+def _without_bits(recipe: dict) -> dict:
+    codec = {kind: {k: v for k, v in node.items() if k != "bits"} if isinstance(node, dict) else node for kind, node in recipe.get("codec", {}).items()}
+    return {**recipe, "codec": codec}
+
+
 def fetch(make_pairs: Callable[[], list[tuple]], fit: Callable[[], list[tuple]], recipe: dict, folder: Path, device) -> list[tuple]:
-    """Codecs for this recipe: restored if stored, else fitted, stored and restored, so that both ways give the same object."""
+    """Codecs for this recipe: restored if stored, else cut from a finer fit or fitted, stored and restored, so that both ways give the same object."""
     pairs = make_pairs()
     if not restore(pairs, recipe, folder, device):
-        save(fit(), recipe, folder)
+        save(pairs if _adopt(pairs, recipe, folder, device) else fit(), recipe, folder)
+        pairs = make_pairs()
         restore(pairs, recipe, folder, device)
     return pairs
