@@ -102,7 +102,7 @@ def test_a_quantizer_is_two_files(tmp_path):
     run = subprocess.run([sys.executable, "run.py", "quant=sign", "task=perplexity", *small], cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0 and "2.000 stored per value" in run.stdout, run.stdout + run.stderr
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    contract = [sys.executable, "-m", "pytest", "-q", "-k", "sign", "tests/test_quantizers.py"]
+    contract = [sys.executable, "-m", "pytest", "-k", "sign", "tests/test_quantizers.py"]
     tested = subprocess.run(contract, cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert tested.returncode == 0 and " passed" in tested.stdout, tested.stdout[-2000:]
 
