@@ -10,7 +10,6 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 TASKS = sorted(p.stem for p in (ROOT / "conf" / "task").glob("*.yaml"))
-STANDIN = any((ROOT / "kvq" / "standin" / "model").glob("model*.safetensors"))
 OFFLINE = {
     "aime": ["task.data=embedded", "task.limit=2", "task.repeats=1", "task.max_new_tokens=12"],
     "attention": ["task.data=embedded", "task.context=128", "task.queries=32", "task.reach=64", "task.offsets=5"],
@@ -88,7 +87,6 @@ def test_forgetting_everything_changes_every_task(task, data, tmp_path):
     assert (frame.encoded_tokens > 0).all() and (frame[frame.metric == "examples_per_second"].value > 0).all()
 
 
-@pytest.mark.skipif(not STANDIN, reason="kvq/standin/model holds no weights")
 def test_forgetting_everything_costs_the_stand_in_its_score(data, tmp_path):
     plain, zeroed, frame = canary("standin", "choices", data, tmp_path)
     value = frame.set_index("metric").value
@@ -112,7 +110,6 @@ for task, words in HUB.items():
 """
 
 
-@pytest.mark.skipif(not STANDIN, reason="kvq/standin/model holds no weights")
 def test_without_a_hub_each_task_refuses_in_one_sentence(tmp_path):
     """One process for all: the hub's address is read at import. Port 9 refuses connections at once."""
     environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": "http://127.0.0.1:9", "OMP_NUM_THREADS": "1"}
