@@ -63,7 +63,7 @@ def table(rows: pd.DataFrame) -> str:
     columns = [("perplexity", "loss", "loss above fp16 (nats)", "{:+.3f}"), ("perplexity", "kl", "KL to fp16 (nats)", "{:.3f}"),
                ("perplexity", "top1", "top-1 agreement", "{:.3f}"), ("longbench", "score", "LongBench", "{:.1f}"), ("niah", "score", "needles", "{:.1f}")]  # fmt: skip
     lines = ["| method | bits | stored | all-in, one 2K sequence | " + " | ".join(c[2] for c in columns) + " | seeds |", "|---" * (len(columns) + 5) + "|"]
-    fp16 = {task: rows[(rows.task == task) & (rows.metric == f"{metric}_fp16")].value.mean() for task, metric, _, _ in columns}
+    fp16 = {task: rows[(rows.task == task) & (rows.metric == f"{metric}_fp16")].value.mean() for task, metric, _ in PANELS}
     text = rows[rows.task == "perplexity"]
     for (quant, bits), group in rows[rows["quant"] != "zero"].groupby(["quant", "bits"]):
         cells = []

@@ -16,11 +16,11 @@ COLUMN, PAGE = 3.4, 7.0
 # Okabe-Ito and Tol's muted palette: told apart with the common colour-vision deficiencies.
 COLORS = {
     "fp16": "#444444", "fp8": "#888888", "int8": "#AAAAAA", "int4": "#BBBBBB", "km": "#E69F00", "gskm": "#56B4E9", "gsrq": "#0072B2",
-    "tq_mse": "#CC79A7", "blockgtq": "#D55E00", "kivi": "#009E73", "kivi_scale_only": "#44AA99", "vqllm": "#882255", "cq": "#999933", "zero": "#000000",
+    "tq_mse": "#CC79A7", "blockgtq": "#D55E00", "blockgtq_plus": "#8B0000", "kivi": "#009E73", "kivi_scale_only": "#44AA99", "vqllm": "#882255", "cq": "#999933", "zero": "#000000",
 }  # fmt: skip
 LABELS = {
     "fp16": "fp16", "fp8": "FP8", "int8": "INT8", "int4": "INT4", "km": "KM", "gskm": "GSKM", "gsrq": "GSRQ", "tq_mse": "TQ-MSE",
-    "blockgtq": "Block-GTQ", "kivi": "KIVI", "kivi_scale_only": "KIVI-ScaleOnly", "vqllm": "VQLLM", "cq": "CQ", "zero": "zero",
+    "blockgtq": "Block-GTQ", "blockgtq_plus": "Block-GTQ+ (ours)", "kivi": "KIVI", "kivi_scale_only": "KIVI-ScaleOnly", "vqllm": "VQLLM", "cq": "CQ", "zero": "zero",
 }  # fmt: skip
 MARKERS = "osD^vP*Xph<>d"
 
