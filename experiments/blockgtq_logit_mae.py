@@ -46,22 +46,24 @@ def wins(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def draw(rows: pd.DataFrame):
-    figure, (left, right) = plt.subplots(1, 2, figsize=(style.PAGE, 2.5))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(style.PAGE, 2.9))
     for (quant, bits), part in rows.groupby(["quant", "bits"]):
         by_layer = part.groupby("layer").logit_mae.mean()
-        line = "-" if bits == rows.bits.min() else "--"
+        line = ("-", "--", ":")[sorted(rows.bits.unique()).index(bits) % 3]
         left.plot(by_layer.index, by_layer, color=style.color(quant), marker=style.marker(quant), linestyle=line, label=f"{style.label(quant)}, {bits:g} bits")
     left.set_xlabel("layer")
     left.set_ylabel("logit MAE (before softmax)")
     left.set_ylim(bottom=0)
-    left.legend()
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=3)
     for quant, part in rows.groupby("quant"):
         cells = part.groupby("bits").agg(x=("bits_stored", "mean"), y=("logit_mae", "mean"))
         right.plot(cells.x, cells.y, color=style.color(quant), marker=style.marker(quant), linestyle="--" if quant == "tq_mse" else "none", label=style.label(quant))
     right.set_xlabel("stored bits per key value (codes and norms)")
     right.set_ylabel("logit MAE")
-    right.set_ylim(bottom=0)
-    right.legend()
+    right.set_yscale("log")
+    right.yaxis.set_major_formatter(lambda v, _: f"{v:g}")
+    right.yaxis.set_minor_formatter(lambda v, _: f"{v:g}")
     return figure
 
 

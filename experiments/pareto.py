@@ -12,7 +12,7 @@ import pandas as pd
 from experiments import choice, style
 from kvq import results as store
 
-EXTRAS = {"perplexity": ("top1", "kl")}
+EXTRAS = {"perplexity": ("loss_minus_fp16", "top1", "kl")}
 PANELS = (("perplexity", "loss", "held-out loss above fp16\n(nats per token)"), ("longbench", "score", "LongBench score\n(percent of 100)"), ("niah", "score", "needles found\n(percent)"))
 AXES = (("bits_stored", "stored bits per value"), ("bits_total", "all-in bits per value, one sequence"))
 
@@ -44,13 +44,13 @@ def draw(rows: pd.DataFrame):
 
 def _panel(axis, part: pd.DataFrame, metric: str, column: str, loss: bool) -> None:
     reference = part[part.metric == f"{metric}_fp16"].value.mean()
-    for quant, group in part[(part.metric == metric) & ~part["quant"].isin(["fp16", "zero"])].groupby("quant"):
+    shown = f"{metric}_minus_fp16" if loss else metric  # the paired difference: its error is not that of the text
+    for quant, group in part[(part.metric == shown) & ~part["quant"].isin(["fp16", "zero"])].groupby("quant"):
         cells = group.groupby("bits").agg(x=(column, "mean"), y=("value", "mean"), spread=("value", "std"), n=("value", "size"), stderr=("stderr", "mean"))
-        y = cells.y - reference if loss else cells.y
         error = cells.spread.where(cells.n > 1, cells.stderr)
-        axis.errorbar(cells.x, y, yerr=error, color=style.color(quant), marker=style.marker(quant), label=style.label(quant), capsize=2, elinewidth=0.8)
+        axis.errorbar(cells.x, cells.y, yerr=error, color=style.color(quant), marker=style.marker(quant), label=style.label(quant), capsize=2, elinewidth=0.8)
     if loss:
-        axis.set_yscale("log")
+        axis.set_yscale("symlog", linthresh=1e-3)  # differences below a thousandth, and negative ones, stay on the axis
     else:
         axis.axhline(reference, color=style.color("fp16"), linestyle="--", linewidth=0.8, label="fp16")
         axis.set_ylim(bottom=0)
