@@ -75,11 +75,13 @@ def test_offloading_says_so():
 
 READERS = {"get_mask_sizes", "get_max_length"}
 """Inherited methods that touch no stored token; get_mask_sizes asks get_seq_length, which is ours."""
+OLD_NAMES = {"get_max_cache_shape"}
+"""Readers under the name that they had before transformers 5.20."""
 
 
 def test_every_inherited_method_that_touches_tokens_is_ours():
     inherited = {name for name, _ in inspect.getmembers(DynamicLayer, inspect.isfunction) if not name.startswith("_")}
-    assert {n for n in inherited if n not in vars(QuantizedLayer)} == READERS
+    assert {n for n in inherited if n not in vars(QuantizedLayer)} - OLD_NAMES == READERS
     for layer in (QuantizedLayer, LatentLayer):
         assert layer.is_croppable is False and layer._layer_type is None
 
