@@ -14,6 +14,8 @@ from kvq import results as store
 
 EXTRAS = {"perplexity": ("loss_minus_fp16", "top1", "kl")}
 PANELS = (("perplexity", "loss", "held-out loss above fp16\n(nats per token)"), ("longbench", "score", "LongBench score\n(percent of 100)"), ("niah", "score", "needles found\n(percent)"))
+FEWEST = 3
+"""Quantized runs a task needs before it gets panels."""
 AXES = (("bits_stored", "stored bits per value"), ("bits_total", "all-in bits per value, one sequence"))
 
 
@@ -29,7 +31,8 @@ def rows(results: Path = Path("results"), model: str = "standin") -> pd.DataFram
 
 def draw(rows: pd.DataFrame):
     """One row of panels per task: left against stored bits, right against all-in bits (log scale)."""
-    tasks = [p for p in PANELS if (rows.task == p[0]).any()]
+    lossy = rows[~rows["quant"].isin(["fp16", "zero"])].groupby("task")["run"].nunique()
+    tasks = [p for p in PANELS if lossy.get(p[0], 0) >= FEWEST]
     figure, axes = plt.subplots(len(tasks), 2, figsize=(style.PAGE, 2.3 * len(tasks)), squeeze=False, sharey="row")
     for line, (task, metric, title) in zip(axes, tasks):
         part = rows[rows.task == task]

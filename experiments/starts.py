@@ -31,9 +31,11 @@ def rows(results: Path = Path("results"), model: str = "standin") -> pd.DataFram
 
 def draw(rows: pd.DataFrame):
     """Mean and range over seeds, the arms side by side at every budget."""
-    figure, axes = plt.subplots(1, len(PANELS), figsize=(style.PAGE, 2.6))
+    panels = [p for p in PANELS if (rows.task == p[0]).any()]
+    figure, axes = plt.subplots(1, len(panels), figsize=(style.PAGE if len(panels) > 1 else style.COLUMN, 2.8), squeeze=False)
+    axes = axes[0]
     budgets = sorted(rows.bits.unique())
-    for axis, (task, _, title) in zip(axes, PANELS):
+    for axis, (task, _, title) in zip(axes, panels):
         for place, (arm, (color, marker, label)) in enumerate(ARMS.items()):
             part = rows[(rows.task == task) & (rows.arm == arm)].groupby("bits").value.agg(["mean", "min", "max"])
             if part.empty:
@@ -44,8 +46,9 @@ def draw(rows: pd.DataFrame):
         axis.set_xticks(range(len(budgets)), [f"{b:g}" for b in budgets])
         axis.set_xlabel("nominal bits per value")
         axis.set_ylabel(title)
+        axis.set_title(f"{rows[rows.task == task].seed.nunique()} seed(s)", loc="right")
         if task == "perplexity":
             axis.set_yscale("log")
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=5)
+    figure.legend(handles, labels, loc="outside upper center", ncols=5 if len(panels) > 1 else 2)
     return figure
