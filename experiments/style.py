@@ -20,7 +20,7 @@ COLORS = {
 }  # fmt: skip
 LABELS = {
     "fp16": "fp16", "fp8": "FP8", "int8": "INT8", "int4": "INT4", "km": "KM", "gskm": "GSKM", "gsrq": "GSRQ", "tq_mse": "TQ-MSE",
-    "blockgtq": "Block-GTQ", "blockgtq_plus": "Block-GTQ+ (ours)", "kivi": "KIVI", "kivi_scale_only": "KIVI-ScaleOnly", "vqllm": "VQLLM", "cq": "CQ", "zero": "zero",
+    "blockgtq": "Block-GTQ", "blockgtq_plus": "Block-GTQ+ (ours)", "kivi": "KIVI (window 128)", "kivi_scale_only": "KIVI-ScaleOnly", "vqllm": "VQLLM", "cq": "CQ", "zero": "zero",
 }  # fmt: skip
 MARKERS = "osD^vP*Xph<>d"
 
