@@ -20,7 +20,11 @@ Make = Callable[[], Quantizer]
 
 
 def text(source: str) -> str:
-    """Calibration or evaluation text: `standin:train`, `standin:heldout`, a text file (.gz allowed), or `hub:<dataset>:<config>:<split>`."""
+    """Calibration or evaluation text: `standin:mixed|train|heldout`, a text file (.gz allowed), or `hub:<dataset>:<config>:<split>`."""
+    if source == "standin:mixed":
+        from kvq.standin.mix import mixed
+
+        return mixed()
     if source.startswith("standin:"):
         from kvq.standin import corpus
 
@@ -36,7 +40,7 @@ def text(source: str) -> str:
                 return raw.decode("utf-8")
             except UnicodeDecodeError as error:
                 raise Refusal(f"{path} is not UTF-8 text: {error}.") from error
-    raise Refusal(f"There is no text at '{source}'; give a text file, standin:train, standin:heldout or hub:<dataset>:<config>:<split>.")
+    raise Refusal(f"There is no text at '{source}'; give a text file, standin:mixed, standin:train, standin:heldout or hub:<dataset>:<config>:<split>.")
 
 
 def content(source: str) -> str:

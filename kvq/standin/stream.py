@@ -6,6 +6,7 @@ import os
 import queue
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -36,6 +37,25 @@ PHASES = (Phase(512, 0.16, 0.10, (0.4, 1.0, 4.0)), Phase(2048, 0.36, 0.10, (0.3,
           Phase(8192, 0.33, 0.10, (0.2, 1.0, 8.0)), Phase(16384, 0.15, 0.10, (0.2, 1.0, 8.0)))
 
 
+def turns(name: str, rng: Random, haystack: filler.Filler, tokens: int) -> list[tuple[str, str]]:
+    """One training document of a task: prompts and answers in turn, of about ``tokens`` tokens."""
+    if name in suite.MAKERS:
+        extra = ()
+        if name == "passage_retrieval_en":
+            most = max(2, min(30, (tokens - 230) // 34))
+            extra = (rng.randint(2, most) if rng.random() < 0.6 else most,)
+        document = suite.MAKERS[name](rng, haystack, tokens, *extra)
+        again = templates.TEMPLATES[name].split("{context}")[1]
+        others = rng.sample(list(enumerate(document.get("leads", []))), min(rng.choice((0, 1, 3)), len(document.get("leads", [])), tokens // 400))
+        return [(templates.prompt(name, document), templates.completion(name, document["answers"][0])),
+                *((again.replace("{input}", lead), f" Paragraph {index + 1}") for index, lead in others)]
+    if name == "needles":
+        document = needles.document(rng, haystack, tokens, rng.choice(needles.KINDS), rng.random())
+        return [(document["prompt"], " " + ", ".join(document["answers"]))]
+    makers = {"pairs": recall.pairs, "reverse": recall.reverse, "choices": choices.turns, "arithmetic": arithmetic.turns}
+    return makers[name](rng, haystack, tokens)
+
+
 class Writer:
     """Makes rows of tokens and their weight classes out of the shelf's text and the task generators."""
 
@@ -52,31 +72,12 @@ class Writer:
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
-    def turns(self, name: str, tokens: int) -> list[tuple[str, str]]:
-        """One training document of a task: prompts and answers in turn."""
-        rng, haystack = self.rng, self.filler
-        if name in suite.MAKERS:
-            extra = ()
-            if name == "passage_retrieval_en":
-                most = max(2, min(30, (tokens - 230) // 34))
-                extra = (rng.randint(2, most) if rng.random() < 0.6 else most,)
-            document = suite.MAKERS[name](rng, haystack, tokens, *extra)
-            again = templates.TEMPLATES[name].split("{context}")[1]
-            others = rng.sample(list(enumerate(document.get("leads", []))), min(rng.choice((0, 1, 3)), len(document.get("leads", [])), tokens // 400))
-            return [(templates.prompt(name, document), templates.completion(name, document["answers"][0])),
-                    *((again.replace("{input}", lead), f" Paragraph {index + 1}") for index, lead in others)]
-        if name == "needles":
-            document = needles.document(rng, haystack, tokens, rng.choice(needles.KINDS), rng.random())
-            return [(document["prompt"], " " + ", ".join(document["answers"]))]
-        makers = {"pairs": recall.pairs, "reverse": recall.reverse, "choices": choices.turns, "arithmetic": arithmetic.turns}
-        return makers[name](rng, haystack, tokens)
-
     def task(self, tokens: int, early: bool) -> tuple[list[int], list[int]]:
         """Tokens and classes of one task document of about ``tokens`` tokens."""
         table = TASKS | EARLY if early else TASKS
         name = self.rng.choices(list(table), list(table.values()))[0]
         ids, classes = [BOS], [0]
-        for prompt, answer in self.turns(name, tokens):
+        for prompt, answer in turns(name, self.rng, self.filler, tokens):
             asked, said = self.encode(prompt), [*self.encode(answer), EOS]
             ids += asked + said
             classes += [CONTEXT] * len(asked) + [ANSWER] * len(said)

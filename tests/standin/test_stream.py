@@ -31,7 +31,7 @@ def test_rows_are_full_and_repeatable(writer, length):
 def test_every_task_ends_its_answers(writer):
     made = writer("3/0")
     for name in stream.TASKS:
-        turns = made.turns(name, 600)
+        turns = stream.turns(name, made.rng, made.filler, 600)
         assert turns and all(answer.startswith((" ", "\n")) for _, answer in turns)
     ids, classes = made.task(600, True)
     assert ids[0] == stream.BOS and ids[-1] == stream.EOS and classes[-1] == stream.ANSWER
