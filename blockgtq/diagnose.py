@@ -1,4 +1,4 @@
-"""What key quantization does to attention: logit error over relative offsets, softmax KL and top-k overlap (arXiv 2606.24033).
+"""What key quantization does to attention, and how allocations differ: logit error, softmax KL, top-k overlap, width distances (arXiv 2606.24033).
 
 All functions take queries and keys before RoPE and apply the rotation themselves, for any pairing of channels:
 q^T R_delta k = sum_i cos(delta theta_i) <q_i, k_i> + sin(delta theta_i) (q_i2 k_i1 - q_i1 k_i2) + <q, k> over unrotated channels.
@@ -7,6 +7,7 @@ q^T R_delta k = sum_i cos(delta theta_i) <q_i, k_i> + sin(delta theta_i) (q_i2 k
 import torch
 from torch import Tensor
 
+from .allocate import objective
 from .layout import unrotated
 
 
@@ -69,3 +70,25 @@ def attention_kl_topk(
         chosen, chosen_hat = (torch.zeros_like(s).scatter_(-1, s.topk(top, -1).indices, 1) for s in (exact, coded))
         overlap.append((chosen * chosen_hat).sum(-1).mean() / top)
     return tuple(torch.stack(v).unflatten(0, (k.shape[0], group)).mean(1) for v in (divergence, overlap))
+
+
+def compare_widths(widths: Tensor, reference: Tensor, scores: Tensor, high: int = 4) -> dict[str, float]:
+    """Distance of widths [H, L] to a reference allocation [H, L] with its scores [H, L], over all heads and blocks.
+
+    hamming: share of blocks whose width differs. high_jaccard: Jaccard index of the blocks of at least `high` bits, 1 if neither
+    has any. regret: sum s (4^-b - 4^-b_ref) / sum s 4^-b_ref; never negative at equal sums and limits.
+    """
+    both, either = ((widths >= high) & (reference >= high)).sum(), ((widths >= high) | (reference >= high)).sum()
+    best = objective(scores, reference).sum()
+    return {
+        "hamming": float((widths != reference).double().mean()),
+        "high_jaccard": float(both / either) if either else 1.0,
+        "regret": float(objective(scores, widths).sum() / best - 1),
+    }
+
+
+def summarize_widths(widths: Tensor, largest: int = 8) -> dict[str, float]:
+    """Share of blocks per width, entropy in bits and number of distinct widths, pooled over the heads of a layer; widths [H, L]."""
+    share = torch.bincount(widths.flatten(), minlength=largest + 1).double() / widths.numel()
+    entropy = -(share * share.clamp_min(1e-300).log2()).sum()
+    return {"entropy": float(entropy), "groups": float((share > 0).sum()), **{f"width/{b}": float(share[b]) for b in range(1, largest + 1)}}

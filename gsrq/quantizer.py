@@ -4,7 +4,7 @@ Stored bits per value = stages * log2(entries) / piece; codebooks are [pieces, s
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -164,6 +164,17 @@ class GSRQ(nn.Module):
         x = rvq.decode(index.transpose(0, 1), tables) * self.scale  # [M, B*T, D]
         heads = int(self.heads)
         return x.transpose(0, 1).reshape(batch, time, heads, pieces * piece // heads).transpose(1, 2)
+
+    @torch.no_grad()
+    def trace(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Per stage, for x [B, H, T, D]: what it was given and what it added, both [M, B*T, piece] float32, and its codes [M, B*T]."""
+        tables = self._tables()
+        rest = _cut(x.float() / self.scale, tables.shape[-1])
+        codes = rvq.encode(rest, tables, self.beam)
+        for stage in range(tables.shape[1]):
+            entry = rvq.rows_of(tables[:, stage], codes[..., stage])
+            yield rest * self.scale, entry * self.scale, codes[..., stage]
+            rest = rest - entry
 
     def _tables(self) -> Tensor:
         if self.codebooks is None:

@@ -19,13 +19,15 @@ from kvq.rope import Rope
 class RecordingLayer(QuantizedLayer):
     """Keeps the last keys, values and queries (after RoPE) and, if asked, hooks their gradients; with `rope`, those of keys before RoPE."""
 
-    def __init__(self, groups: tuple[int | None, int | None], rope: Rope | None, index: int):
+    def __init__(self, groups: tuple[int | None, int | None], rope: Rope | None, index: int, wanted: bool):
         super().__init__(_Nothing(), _Nothing(), sink=0, window=0, prefill="quantized", memo=False, rope=rope, index=index)
-        self.groups, self.grads = groups, [None, None]
+        self.groups, self.grads, self.wanted = groups, [None, None], wanted
 
     def attend(self, query: Tensor, mask: Tensor | None, position_ids: Tensor | None) -> tuple[Tensor, Tensor]:
         key, value = self._pending
         self._pending = None
+        if not self.wanted:  # other layers only let the forward pass: their activations must not add up
+            return key, value
         self.seen = (key.detach(), value.detach(), query.detach())
         self.positions = position_ids.expand(key.shape[0], -1)
         for which, (x, group) in enumerate(zip((key, value), self.groups)):
@@ -51,6 +53,8 @@ class RecordingLatentLayer(RecordingLayer):
         return key_states, value_states
 
     def watch(self, query: Tensor) -> None:
+        if not self.wanted:
+            return
         rotary, nothing, _ = self.seen
         self.seen = (rotary, nothing, query[..., -rotary.shape[3] :].detach())
 
@@ -73,7 +77,7 @@ def record(model, samples: list[Tensor], layers: range, groups, rope: Rope | Non
         slots = []
         for index, (kind, kwargs) in enumerate(kinds):
             if kind == "full_attention":
-                slots.append(layer_class(groups[index] if index in layers else (None, None), rope, index))
+                slots.append(layer_class(groups[index], rope, index, index in layers))
             else:
                 slots.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**kwargs))
         positions = torch.arange(ids.shape[1], device=ids.device).expand(len(ids), -1)

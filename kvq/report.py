@@ -30,7 +30,8 @@ def show(frame: pd.DataFrame) -> pd.DataFrame:
     main = paired[0].removesuffix("_minus_fp16") if paired else frame[frame.subset != "run"].metric.iloc[0]
     scores = frame[frame.subset != "run"]
     everywhere = scores.groupby("metric", sort=False)["subset"].nunique() == scores["subset"].nunique()
-    others = [m for m in everywhere.index[everywhere] if not m.startswith(f"{main}_") and m not in (main, WEAK)]
+    others = [m for m in everywhere.index[everywhere] if not m.startswith(f"{main}_") and m not in (main, WEAK) and "/" not in m]
+    # A metric with a slash is one of a series (a stage, a quantile): it is in the rows and would not fit here.
     weak = list(scores.subset[(scores.metric == WEAK) & (scores.value > 0)])
     for name in ("subset", main, "fp16", "minus fp16", *others, "n"):
         table.add_column(name, justify="left" if name == "subset" else "right")

@@ -12,15 +12,19 @@ ROOT = Path(__file__).resolve().parents[2]
 TASKS = sorted(p.stem for p in (ROOT / "conf" / "task").glob("*.yaml"))
 OFFLINE = {
     "aime": ["task.data=embedded", "task.limit=2", "task.repeats=1", "task.max_new_tokens=12"],
-    "attention": ["task.data=embedded", "task.context=128", "task.queries=32", "task.reach=64", "task.offsets=5"],
+    "allocation": ["task.samples=1", "task.context=128"],
+    "attention": ["task.data=embedded", "task.context=128", "task.queries=32"],
     "choices": ["task.limit=3", "task.lines=8"],
     "fewshot": ["task.tasks=[piqa]", "task.num_fewshot=0", "task.data={data}"],
+    "gradients": ["task.samples=1", "task.context=128"],
     "gsm8k": ["task.data={data}", "task.num_fewshot=1", "task.max_new_tokens=8"],
     "lm_eval": ["task.tasks=[piqa]", "task.data={data}"],
+    "logit_mae": ["task.data=embedded", "task.context=64", "task.samples=2", "task.reach=64", "task.offsets=5"],
     "longbench": ["task.data=embedded", "task.limit=1", "task.context=640", "task.max_new_tokens=12", "task.subsets=[qasper,hotpotqa,trec]"],
     "math500": ["task.data={data}", "task.max_new_tokens=8"],
     "niah": ["task.data=embedded", "task.limit=1", "task.depths=1", "task.lengths=[768]", "task.max_new_tokens=12"],
     "perplexity": ["task.data=embedded", "task.limit=2", "task.context=128"],
+    "reconstruction": ["task.data=embedded", "task.samples=1", "task.context=64"],
 }
 """How to run each task small and without a network."""
 HUB = {
