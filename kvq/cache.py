@@ -6,6 +6,9 @@ it, encodes, reconstructs everything and calls transformers' own SDPA. So a sing
 encoded once, and an ordinary DynamicCache works under the same attention name.
 """
 
+import copy
+
+import torch
 from transformers import AttentionInterface, AttentionMaskInterface, Cache
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, get_layer_types_and_kwargs
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -60,6 +63,14 @@ class QuantizedCache(Cache):
     @property
     def quantized_layers(self) -> list[QuantizedLayer]:
         return [layer for layer in self.layers if isinstance(layer, QuantizedLayer)]
+
+    def fork(self, rows: int) -> "QuantizedCache":
+        """This cache of one row as a cache of `rows` equal rows; what is appended to either does not reach the other."""
+        twin = copy.copy(self)
+        twin.layers = [copy.copy(layer) for layer in self.layers]
+        for layer in twin.layers:
+            layer.batch_select_indices(torch.zeros(rows, dtype=torch.long))
+        return twin
 
     def audit(self) -> dict[str, int]:
         """Totals over layers: tokens and encoded (the smallest of any layer), bytes of codes, exact tokens and unquantized layers.

@@ -1,5 +1,7 @@
 """One decoder layer of the quantized cache: a key stream and a value stream, filled where the attention function reads them."""
 
+import copy
+
 import torch
 from torch import Tensor
 from transformers import DynamicLayer
@@ -122,6 +124,12 @@ class QuantizedLayer(DynamicLayer):
         raise NotImplementedError("A quantized cache cannot be offloaded; codes are small, keep them on the device.")
 
     prefetch = offload
+
+    def __copy__(self) -> "QuantizedLayer":
+        """A layer that goes its own way: streams append to new tensors once rows are selected, codecs are shared."""
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__, streams=[copy.copy(stream) for stream in self.streams], _raw=self._raw and list(self._raw))
+        return twin
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)

@@ -3,9 +3,11 @@
 lm-eval's own model class calls `model(ids)` and `model.generate(ids)`, which build an ordinary cache: a codec would never run. Here
 both pass a fresh cache of the bound LM, so likelihoods see the same loss as generation.
 
-Departures from `HFLM`, none beyond the last bits of a likelihood: batches hold inputs of one length only, so that no padding can
-enter an exact window or a token group; of a forward only the logits that are scored are computed; requests that lm-eval shortens
-from the left are remembered instead of only logged.
+Departures from `HFLM`, none of the first three beyond the last bits of a likelihood: batches hold inputs of one length only, so that no
+padding can enter an exact window or a token group; of a forward only the logits that are scored are computed; requests that begin
+alike (few-shot examples, the choices of one question) read that beginning once where codes do not depend on what follows; requests
+that lm-eval shortens from the left are remembered instead of only logged; answers end at the turn ends of all model families
+(`kvq.prompt`), and the checkpoint's generation config contributes nothing but special tokens (`kvq.models.LM`).
 """
 
 import contextlib
@@ -27,7 +29,10 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
+from kvq.batches import together
 from kvq.errors import Refusal
+from kvq.models import no_single, padding_behind
+from kvq.prompt import stop_ids
 
 HUB_TIMEOUT = 10  # seconds
 
@@ -84,9 +89,19 @@ class CachedLM(HFLM):
             return self.model(input_ids=inps, past_key_values=self.lm.new_cache(), use_cache=True, **keep).logits
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **generation_kwargs) -> Tensor:
-        if self.chunk:
-            generation_kwargs["prefill_chunk_size"] = self.chunk
-        return super()._model_generate(context, max_length, stop, past_key_values=self.lm.new_cache(), **generation_kwargs)
+        mask = generation_kwargs.pop("attention_mask")
+        rows = [row[row_mask.bool()].tolist() for row, row_mask in zip(context, mask)]
+        shared, alike = together(rows)[0]
+        if self.lm.shareable and len(rows) > 1 and len(alike) == len(rows) and shared:
+            context, mask = padding_behind(context, mask, shared)
+            cache = self.lm.begin(rows[0][:shared], len(rows), self.chunk)
+            for layer in cache.quantized_layers:
+                layer.pads = (mask == 0).sum(1).tolist()
+        else:
+            cache = self.lm.new_cache()
+        chunk = no_single(self.chunk, context.shape[1] - cache.get_seq_length())
+        ends = {"eos_token_id": stop_ids(self.lm), "prefill_chunk_size": chunk, "past_key_values": cache, "attention_mask": mask}
+        return super()._model_generate(context, max_length, stop, **ends, **generation_kwargs)
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, override_bs: int | None = None) -> list[tuple[float, bool]]:
         """lm-eval's scoring, called once per batch of equally long inputs.
@@ -98,11 +113,13 @@ class CachedLM(HFLM):
             if strings is not None and len(context) + len(continuation) > self.max_length + 1:
                 self.truncated.add(strings[0])
             shared[tuple(context + continuation[:-1])].append(index)
-        lengths = defaultdict(list)
-        for inputs, indices in shared.items():
-            lengths[min(len(inputs), self.max_length)].append(indices)
         size = override_bs or self.batch_size
-        answers = [None] * len(requests)
+        answers, left = [None] * len(requests), shared
+        if self.lm.shareable and self._can_keep:
+            left = self._alike(requests, shared, size, answers)
+        lengths = defaultdict(list)
+        for inputs, indices in left.items():
+            lengths[min(len(inputs), self.max_length)].append(indices)
         for length in sorted(lengths, reverse=True):  # longest first: what does not fit in memory fails at once
             groups = lengths[length]
             for start in range(0, len(groups), size):
@@ -116,6 +133,40 @@ class CachedLM(HFLM):
                 for index, answer in zip(batch, scored, strict=True):
                     answers[index] = answer
         return answers
+
+    def _alike(self, requests, shared: dict[tuple, list[int]], size: int, answers: list) -> dict[tuple, list[int]]:
+        """Score the inputs that begin alike into `answers`, their common beginning read once; return the inputs that share nothing."""
+        inputs = list(shared)
+        scored = [max(len(requests[i][2]) for i in shared[ids]) for ids in inputs]  # logits needed at the end
+        heads = [list(ids[-self.max_length :][:-n]) for ids, n in zip(inputs, scored)]
+        left = {}
+        for common, group in together(heads):
+            if not common:
+                left = {inputs[i]: shared[inputs[i]] for i in group}
+                continue
+            for start in range(0, len(group), size):
+                batch = group[start : start + size]
+                for i, logits in zip(batch, self._go_on(heads[batch[0]][:common], [list(inputs[i][-self.max_length :]) for i in batch], [scored[i] for i in batch])):
+                    for index in shared[inputs[i]]:
+                        tokens = torch.tensor(requests[index][2], device=logits.device)
+                        rows = logits[-len(tokens) :]
+                        answers[index] = float(rows.gather(1, tokens[:, None]).sum()), bool((rows.argmax(-1) == tokens).all())
+        return left
+
+    @torch.no_grad()
+    def _go_on(self, beginning: list[int], rows: list[list[int]], scored: list[int]) -> list[Tensor]:
+        """Log-probabilities [n, V] of the last n = scored[i] positions of each row, all of which begin alike; padded on the right."""
+        cache = self.lm.begin(beginning, len(rows), self.chunk)
+        read = cache.get_seq_length()
+        width = max(map(len, rows)) - read
+        ids = torch.tensor([row[read:] + [0] * (width - len(row) + read) for row in rows], device=self.device)
+        pads = [width - len(row) + read for row in rows]
+        for layer in cache.quantized_layers:
+            layer.pads = pads
+        keep = max(pad + n for pad, n in zip(pads, scored))
+        positions = torch.arange(read, read + width, device=self.device).expand(len(rows), -1)
+        logits = self.model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=keep).logits
+        return [logits[b, keep - pad - n : keep - pad].log_softmax(-1, dtype=self.softmax_dtype) for b, (pad, n) in enumerate(zip(pads, scored))]
 
     def tok_batch_encode(self, strings, padding_side: str = "left", left_truncate_len: int | None = None, truncation: bool = False):
         ids, mask = super().tok_batch_encode(strings, padding_side, None, truncation)

@@ -2,13 +2,14 @@
 
 import functools
 import hashlib
+import inspect
 import json
 import time
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, StoppingCriteria
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, StoppingCriteria
 
 from kvq.cache import ATTENTION, QuantizedCache, layer_kinds
 from kvq.errors import Refusal
@@ -101,14 +102,25 @@ def _file_hash(file: Path, mtime: int) -> bytes:
         return hashlib.file_digest(stream, "sha256").digest()
 
 
+def special_tokens_only(config: GenerationConfig) -> GenerationConfig:
+    """The ids that begin, end and pad a text, without the checkpoint's taste in sampling.
+
+    transformers merges a checkpoint's repetition_penalty, min_new_tokens and the like into every generate call, greedy ones included
+    (Qwen2.5-Instruct: repetition_penalty 1.05), which would change scores behind the task's back.
+    """
+    return GenerationConfig(bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id)
+
+
 class LM:
     """A model bound to one way of caching. Tasks see nothing else.
 
     codecs: one (key, value) pair per layer, (None, None) where the library's cache stays. `reference` is the same model with the 16-bit cache.
+    The model's generation config loses everything but its special tokens: a task alone says how its answers are drawn.
     """
 
     def __init__(self, model, tokenizer, name: str, codecs: list, *, sink=0, window=0, prefill="quantized", memo=True, reference: "LM | None" = None):
-        layer_kinds(model.config)
+        kinds = layer_kinds(model.config)
+        model.generation_config = special_tokens_only(model.generation_config)
         self.model, self.tokenizer, self.name, self.codecs = model, tokenizer, name, codecs
         self.options = {"sink": sink, "window": window, "prefill": prefill, "memo": memo}
         self.reference = reference or self
@@ -118,8 +130,10 @@ class LM:
         if before_rope:
             self.rope.check_undo()
         self.batch_safe = window == 0 and all(c.block == 1 and not getattr(c, "stateful", False) for c in used)
+        self.shareable = self.batch_safe and all(kind == "full_attention" for kind, _ in kinds)
         self.table_bytes = table_bytes(used)
         self._open: list[QuantizedCache] = []
+        self._beginning: tuple[list[int], QuantizedCache] = ([], None)
         self._spent: dict[str, float] = {}
 
     @property
@@ -136,6 +150,37 @@ class LM:
         cache = QuantizedCache(self.model.config, self.codecs, self.rope, **self.options)
         self._open.append(cache)
         return cache
+
+    @torch.inference_mode()
+    def begin(self, ids: list[int], rows: int, chunk: int | None = None) -> QuantizedCache:
+        """A cache of `rows` equal rows that have read `ids`, or most of them; the model reads them once, for all rows and for the next call.
+
+        Only where `shareable`: then what a token becomes in the cache depends on the tokens before it alone, so a row that goes on from
+        here equals the row read at once. A sequence's tokens and bytes are booked with each row, as if it had been read alone.
+        """
+        self._settle()
+        kept, cache = self._beginning
+        if cache is None or ids[: len(kept)] != kept or len(kept) < 0.8 * len(ids):
+            self._beginning = ([], None)
+            start, cache = time.perf_counter(), QuantizedCache(self.model.config, self.codecs, self.rope, **self.options)
+            keep = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(self.model.forward).parameters else {}
+            for piece in torch.tensor([ids], device=self.device).split(chunk or len(ids), dim=1):
+                self.model(piece, past_key_values=cache, use_cache=True, **keep)
+            self._sync()
+            self.book("prefill_seconds", time.perf_counter() - start)
+            self._beginning, kept = (list(ids), cache), list(ids)
+            self.book("reused_tokens", -len(ids))
+        self.book("reused_tokens", rows * len(kept))
+        fork = cache.fork(rows)
+        self._open.append(fork)
+        return fork
+
+    def drop(self) -> None:
+        """Forget the caches of a call that failed, and what the device keeps for them."""
+        self._open.clear()
+        self._beginning = ([], None)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _settle(self) -> None:
         for cache in self._open:
@@ -175,18 +220,25 @@ class LM:
         return logits
 
     @torch.inference_mode()
-    def generate(self, ids: Tensor, mask: Tensor, max_new_tokens: int, stop_ids: list[int], chunk: int | None = None, **sampling) -> Tensor:
+    def generate(self, ids: Tensor, mask: Tensor, max_new_tokens: int, stop_ids: list[int], chunk: int | None = None, shared: int = 0, **sampling) -> Tensor:
         """New token ids [B, n] after left-padded prompts ids/mask [B, T]; greedy unless `sampling` says do_sample=True.
 
-        chunk: prefill in pieces of this many tokens, so that transients follow the chunk and not the prompt.
+        chunk: prefill in pieces of this many tokens, so that transients follow the chunk and not the prompt. shared: tokens at the
+        beginning of every prompt that are the same, to be read once.
         """
         clock = _Clock(self)
         sampling.setdefault("do_sample", False)
-        while chunk and ids.shape[1] % chunk == 1:
-            chunk += 1  # a chunk of one token would pass for a generated one, which prefill=exact reads from codes
+        if shared:
+            ids, mask = padding_behind(ids, mask, shared)
+            cache = self.begin(ids[0, :shared].tolist(), len(ids), chunk)
+            for layer in cache.quantized_layers:
+                layer.pads = (mask == 0).sum(1).tolist()
+        else:
+            cache = self.new_cache()
+        chunk = no_single(chunk, ids.shape[1] - cache.get_seq_length())
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else stop_ids[0]
         out = self.model.generate(
-            ids.to(self.device), attention_mask=mask.to(self.device), past_key_values=self.new_cache(), max_new_tokens=max_new_tokens,
+            ids.to(self.device), attention_mask=mask.to(self.device), past_key_values=cache, max_new_tokens=max_new_tokens,
             eos_token_id=stop_ids, pad_token_id=pad, prefill_chunk_size=chunk, stopping_criteria=[clock, *sampling.pop("stopping_criteria", [])], **sampling,
         )
         clock.stop()
@@ -195,6 +247,20 @@ class LM:
     def _sync(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+def padding_behind(ids: Tensor, mask: Tensor, shared: int) -> tuple[Tensor, Tensor]:
+    """Left-padded prompts ids/mask [B, T] with their first `shared` tokens, equal in all rows, in front of the padding."""
+    rows = [torch.cat([row[pad : pad + shared], row[:pad], row[pad + shared :]]) for row, pad in zip(ids, (mask == 0).sum(1).tolist())]
+    masks = torch.cat([torch.ones_like(mask[:, :shared]), mask[:, : mask.shape[1] - shared]], dim=1)
+    return torch.stack(rows), masks
+
+
+def no_single(chunk: int | None, tokens: int) -> int | None:
+    """A chunk of at least this size that leaves no last chunk of one token: it would pass for a generated one, which prefill=exact reads from codes."""
+    while chunk and tokens % chunk == 1:
+        chunk += 1
+    return chunk
 
 
 class _Clock(StoppingCriteria):

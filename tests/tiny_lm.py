@@ -31,6 +31,15 @@ class TinyLM:
             )
             model = LlamaForCausalLM(config)
         self.model, self.max_length, self.name, self.caches, self.widths = model.eval(), max_length, "tiny", [], []
+        self.spent = {}
+
+    shareable = False  # transformers' own cache cannot be forked
+
+    def book(self, name, amount):
+        self.spent[name] = self.spent.get(name, 0) + amount
+
+    def drop(self):
+        self.caches.clear()
 
     @property
     def device(self):
@@ -45,7 +54,7 @@ class TinyLM:
         return self.caches[-1]
 
     @torch.no_grad()
-    def generate(self, ids, mask, max_new_tokens, stop_ids, chunk=None, **sampling):
+    def generate(self, ids, mask, max_new_tokens, stop_ids, chunk=None, shared=0, **sampling):
         self.widths.append(tuple(ids.shape))
         sampling.setdefault("do_sample", False)
         out = self.model.generate(

@@ -14,8 +14,9 @@ from pathlib import Path
 
 from transformers import LogitsProcessorList
 
+from kvq import batches
 from kvq.errors import Refusal
-from kvq.prompt import left_pad, render, stop_ids, until_stop
+from kvq.prompt import render, stop_ids
 from kvq.records import Example, Record
 from kvq.sampling import Sampler, seed_of
 
@@ -43,9 +44,10 @@ class AIME:
         self, data="hub", subsets=None, limit=None, repeats=8, temperature=0.6, top_p=0.95, max_new_tokens=32768, batch_size=1,
         chat="auto", thinking=True, opening=None, chunk=None, seed=0,
     ):  # fmt: skip
-        for name, value in (("limit", limit), ("repeats", repeats), ("max_new_tokens", max_new_tokens), ("batch_size", batch_size), ("chunk", chunk)):
+        for name, value in (("limit", limit), ("repeats", repeats), ("max_new_tokens", max_new_tokens), ("chunk", chunk)):
             if not (value is None and name in ("limit", "chunk")) and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise Refusal(f"task.{name}={value} must be a whole number of at least 1.")
+        batches.check(batch_size)
         if temperature < 0 or not 0 < top_p <= 1:
             raise Refusal(f"task.temperature={temperature} must not be negative and task.top_p={top_p} must lie in (0, 1].")
         if temperature == 0 and repeats > 1:
@@ -117,27 +119,21 @@ class AIME:
 
     def run(self, lm, examples: list[Example]) -> Iterator[Record]:
         """Sample in batches of similar prompts; yields the records of a batch as soon as it is done."""
-        stops = stop_ids(lm)
-        pad = lm.tokenizer.pad_token_id if lm.tokenizer.pad_token_id is not None else stops[0]
-        todo = sorted(examples, key=lambda e: -len(e.payload["prompt"]))
-        for start in range(0, len(todo), self.batch_size):
-            batch = todo[start : start + self.batch_size]
-            ids, mask = left_pad([e.payload["prompt"] for e in batch], pad)
-            draw = {}
-            if self.temperature:
-                draw["logits_processor"] = LogitsProcessorList([Sampler(self.temperature, self.top_p, [seed_of(self.seed, e.id) for e in batch])])
-            rows = lm.generate(ids, mask, self.cap, stops, chunk=self.chunk, **draw).tolist()
-            for example, row in zip(batch, rows):
-                answer = until_stop(row, stops)
-                text = lm.tokenizer.decode(answer, skip_special_tokens=True)
-                number, rule = integer(text)
-                finished = any(token in stops for token in row)
-                yield {
-                    "id": example.id, "subset": example.subset, "cluster": example.id.rpartition("/")[0],
-                    "metrics": {"score": 100.0 * (number == example.payload["answer"]), "finished": 100.0 * finished},
-                    "prediction": text, "target": example.payload["answer"], "answer": number, "answer_from": rule,
-                    "prompt_tokens": len(example.payload["prompt"]), "new_tokens": len(answer),
-                }  # fmt: skip
+        prompts = [e.payload["prompt"] for e in examples]
+
+        def draw(indices, width):
+            seeds = [seed_of(self.seed, examples[i].id) for i in indices]
+            return {"logits_processor": LogitsProcessorList([Sampler(self.temperature, self.top_p, seeds)])} if self.temperature else {}
+
+        for index, answer, finished in batches.answers(lm, prompts, self.cap, self.batch_size, stop_ids(lm), chunk=self.chunk, options=draw):
+            example, text = examples[index], lm.tokenizer.decode(answer, skip_special_tokens=True)
+            number, rule = integer(text)
+            yield {
+                "id": example.id, "subset": example.subset, "cluster": example.id.rpartition("/")[0],
+                "metrics": {"score": 100.0 * (number == example.payload["answer"]), "finished": 100.0 * finished},
+                "prediction": text, "target": example.payload["answer"], "answer": number, "answer_from": rule,
+                "prompt_tokens": len(prompts[index]), "new_tokens": len(answer),
+            }  # fmt: skip
 
 
 def _known(wanted: list[str] | None, present: list[str]) -> list[str]:

@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from kvq import batches
 from kvq.errors import Refusal
 from kvq.records import Example, Record
 
@@ -17,7 +18,7 @@ from kvq.records import Example, Record
 class Choices:
     """data: `embedded`, or a .jsonl or .parquet file with columns context, choices, gold (index). limit: items. lines: pairs shown per embedded item.
 
-    batch_size: forwards of equal length at once. Raises Refusal on bad options.
+    batch_size: items at once, or auto. Raises Refusal on bad options.
     """
 
     one_pass = True
@@ -27,9 +28,10 @@ class Choices:
     def __init__(self, data="embedded", subsets=None, limit=100, lines=48, batch_size=4, seed=0):
         if subsets:
             raise Refusal("choices has no subsets; drop task.subsets.")
-        for name, value, least in (("limit", limit, 1), ("lines", lines, 4), ("batch_size", batch_size, 1)):
+        for name, value, least in (("limit", limit, 1), ("lines", lines, 4)):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise Refusal(f"task.{name}={value} must be a whole number of at least {least}.")
+        batches.check(batch_size)
         if data == "hub":
             raise Refusal("choices has no data on the hub: use task=fewshot, or task.data=embedded or a file.")
         self.data, self.limit, self.lines, self.batch_size, self.seed = str(data), limit, lines, batch_size, seed
@@ -57,26 +59,30 @@ class Choices:
         return [Example(f"choices/{i}", "choices", item) for i, item in enumerate(self._items)]
 
     def run(self, lm, examples: list[Example]) -> Iterator[Record]:
-        """Score item by item, `batch_size` at a time; choices of one token share a forward."""
+        """Score items, `batch_size` at a time; the choices of an item share its context, those of one token the whole forward."""
         from lm_eval.api.instance import Instance
 
         from kvq.lmeval import CachedLM
 
-        adapter = CachedLM(lm, self.batch_size)
-        for start in range(0, len(examples), self.batch_size):
-            batch = examples[start : start + self.batch_size]
+        adapter = CachedLM(lm)
+
+        def work(batch, rows):
+            adapter.batch_size_per_gpu = rows
             requests = [Instance("loglikelihood", {}, (e.payload["context"], f" {choice}"), i) for e in batch for i, choice in enumerate(e.payload["choices"])]
             answers = iter(adapter.loglikelihood(requests, disable_tqdm=True))
-            for example in batch:
-                item = example.payload
-                scores = [next(answers)[0] for _ in item["choices"]]
-                best = max(range(len(scores)), key=scores.__getitem__)
-                yield {
-                    "id": example.id, "subset": example.subset,
-                    "metrics": {"score": 100.0 * (best == item["gold"]), "gold_loss": -scores[item["gold"]]},
-                    "prediction": item["choices"][best], "target": item["choices"][item["gold"]],
-                    "likelihoods": scores, "chance": 100.0 / len(scores),
-                }  # fmt: skip
+            return [[next(answers)[0] for _ in e.payload["choices"]] for e in batch]
+
+        def tokens(example):
+            return len(lm.tokenizer(example.payload["context"], verbose=False)["input_ids"])
+
+        for example, scores in batches.run(lm, sorted(examples, key=lambda e: -len(e.payload["context"])), self.batch_size, work, tokens):
+            item, best = example.payload, max(range(len(scores)), key=scores.__getitem__)
+            yield {
+                "id": example.id, "subset": example.subset,
+                "metrics": {"score": 100.0 * (best == item["gold"]), "gold_loss": -scores[item["gold"]]},
+                "prediction": item["choices"][best], "target": item["choices"][item["gold"]],
+                "likelihoods": scores, "chance": 100.0 / len(scores),
+            }  # fmt: skip
 
 
 def _read(file: Path, limit: int) -> list[dict]:

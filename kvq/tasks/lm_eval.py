@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
+from kvq import batches
 from kvq.errors import Refusal
 from kvq.records import Example, Record
 
@@ -46,6 +47,7 @@ class LMEval:
             raise Refusal("task=lm_eval needs task.tasks=[<names of lm-eval tasks>], for example task.tasks=[arc_easy,piqa].")
         if data == "embedded":
             raise Refusal("lm-eval's tasks have no embedded data: use task.data=hub or a folder, or task=choices, which is embedded multiple choice.")
+        batches.check(batch_size)
         self.num_fewshot, self.limit, self.batch_size, self.data = num_fewshot, limit, batch_size, str(data)
         self.chat, self.max_new_tokens, self.fewshot_seed, self.chunk = chat, max_new_tokens, fewshot_seed, chunk
         if include_path and not Path(include_path).is_dir():
@@ -106,7 +108,7 @@ class LMEval:
         examples = []
         for leaf, task in self._tasks.items():
             if task.OUTPUT_TYPE == "generate_until":
-                cap = (task.config.generation_kwargs or {}).get("max_gen_toks", adapter.max_gen_toks)
+                cap = _cap(task, adapter)
                 if cap >= lm.max_length:
                     raise Refusal(f"{leaf} may answer with {cap} tokens but {lm.name} holds {lm.max_length}: set task.max_new_tokens.")
             # Shots are drawn document after document from one generator: build from the first, also when resuming.
@@ -124,20 +126,27 @@ class LMEval:
         """Score in chunks of a few batches, longest prompts first; yields the records of a chunk as soon as it is done."""
         from kvq.lmeval import CachedLM, quiet
 
-        adapter = CachedLM(lm, self.batch_size, self.chunk)
+        adapter = CachedLM(lm, chunk=self.chunk)
         groups = defaultdict(list)
         for example in examples:
             groups[example.payload[0]].append(example)
         for leaf, group in groups.items():
             task = self._tasks[leaf]
+            generates = task.OUTPUT_TYPE == "generate_until"
             group.sort(key=lambda e: -sum(len(str(argument)) for argument in e.payload[1][0].arguments))
-            size = self.batch_size if task.OUTPUT_TYPE == "generate_until" else 4 * self.batch_size
-            for start in range(0, len(group), size):
-                chunk = group[start : start + size]
+
+            def work(batch, rows, task=task):
+                adapter.batch_size_per_gpu = rows
                 with quiet():
-                    _answer(task, adapter, [request for e in chunk for request in e.payload[1]])
-                    records = [self._record(e, task, adapter) for e in chunk]
-                yield from records
+                    _answer(task, adapter, [request for e in batch for request in e.payload[1]])
+                    return [self._record(e, task, adapter) for e in batch]
+
+            def tokens(example, task=task, generates=generates):
+                prompt = len(adapter.tok_encode(str(example.payload[1][0].arguments[0])))
+                return min(prompt + (_cap(task, adapter) if generates else 0), lm.max_length)
+
+            for _, record in batches.run(lm, group, self.batch_size, work, tokens, prefill=self.chunk, span=1 if generates else 4):
+                yield record
 
     def _record(self, example: Example, task, adapter) -> Record:
         leaf, requests = example.payload
@@ -203,6 +212,11 @@ def _answer(task, adapter, requests) -> None:
         request.resps.append(answer)
     for ensemble in task._filters:
         ensemble.apply(requests)
+
+
+def _cap(task, adapter) -> int:
+    """New tokens at most, the task's own or lm-eval's 256."""
+    return (task.config.generation_kwargs or {}).get("max_gen_toks", adapter.max_gen_toks)
 
 
 def _averaged(task) -> list[str]:

@@ -8,6 +8,7 @@ Departures from lm-eval's own run of these tasks:
 - The chat template is off for few-shot and code subsets (LongBench's rule); lm-eval knows only all or nothing.
 - Answers of few-shot subsets end at the first newline *after* leading newlines were dropped (LongBench's rule); lm-eval makes an
   answer that starts with a newline empty. `strict_stop=true` restores that.
+- Prompts of a subset that begin alike (questions on one document) read that beginning once; answers do not depend on it.
 - Turn-end tokens of all model families stop generation, whether or not the checkpoint's config lists them.
 Inherited from lm-eval and upstream: ROUGE-L of two sentences of about 1,000 words together is 0, because the scorer swallows its own
 recursion error; without the package python-Levenshtein the code similarity uses difflib, whose ratio differs slightly.
@@ -20,8 +21,9 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
+from kvq import batches
 from kvq.errors import Refusal
-from kvq.prompt import FirstLine, first_line, fit, left_pad, stop_ids, until_stop
+from kvq.prompt import FirstLine, first_line, fit, stop_ids
 from kvq.records import Example, Record
 
 CATEGORIES = {
@@ -75,9 +77,10 @@ class LongBench:
         self.thinking, self.max_new_tokens, self.strict_stop, self.chunk = thinking, max_new_tokens, strict_stop, chunk
         if chat not in ("auto", True, False):
             raise Refusal(f"task.chat={chat} is not one of auto, true, false.")
-        for name, value in (("limit", limit), ("context", context), ("batch_size", batch_size), ("max_new_tokens", max_new_tokens), ("chunk", chunk)):
+        for name, value in (("limit", limit), ("context", context), ("max_new_tokens", max_new_tokens), ("chunk", chunk)):
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise Refusal(f"task.{name}={value} must be a whole number of at least 1.")
+        batches.check(batch_size)
         self.chat, self.subsets = chat, _present(self.data) if subsets is None else expand(subsets)
         self.categories = {subset: CATEGORIES[_plain(subset)] for subset in self.subsets}
         self.sources: dict[str, str] = {}
@@ -123,25 +126,24 @@ class LongBench:
         """Generate greedily in batches of similar length, longest first; yields each record as soon as its batch is done."""
         stops, context = stop_ids(lm), self._context(lm)
         for subset in self.subsets:
-            chat = self._templated(subset, lm.tokenizer)
-            todo = []
-            for example in examples:
-                if example.subset == subset:
-                    text = self._tasks[subset].fewshot_context(example.payload, num_fewshot=0)
-                    todo.append((example, *fit(lm.tokenizer, text, context - self._cap(subset), chat, self.thinking)))
-            todo.sort(key=lambda item: -len(item[1]))
-            for start in range(0, len(todo), self.batch_size):
-                batch = todo[start : start + self.batch_size]
-                answers = self._generate(lm, subset, [ids for _, ids, _ in batch], stops)
-                for (example, ids, length), answer in zip(batch, answers):
-                    yield self._record(example, answer, lm.tokenizer) | {
-                        "prompt_tokens": len(ids), "full_prompt_tokens": length, "new_tokens": len(answer),
-                        "truncated": "middle" if length > len(ids) else None, "chat": chat,
-                    }  # fmt: skip
+            chat, cap = self._templated(subset, lm.tokenizer), self._cap(subset)
+            some = [example for example in examples if example.subset == subset]
+            texts = [self._tasks[subset].fewshot_context(example.payload, num_fewshot=0) for example in some]
+            prompts = [fit(lm.tokenizer, text, context - cap, chat, self.thinking) for text in texts]
+            for index, answer, _ in batches.answers(lm, [ids for ids, _ in prompts], cap, self.batch_size, stops, chunk=self.chunk, options=self._ends(lm, subset)):
+                ids, length = prompts[index]
+                yield self._record(some[index], answer, lm.tokenizer) | {
+                    "prompt_tokens": len(ids), "full_prompt_tokens": length, "new_tokens": len(answer),
+                    "truncated": "middle" if length > len(ids) else None, "chat": chat,
+                }  # fmt: skip
+
+    def fits(self, max_length: int, name: str) -> None:
+        """Raise Refusal if the context is longer than a model of `max_length` tokens allows."""
+        if self.context and self.context > max_length:
+            raise Refusal(f"task.context={self.context} exceeds the {max_length} tokens of {name}: set it to {max_length} or less.")
 
     def _context(self, lm) -> int:
-        if self.context and self.context > lm.max_length:
-            raise Refusal(f"task.context={self.context} exceeds the {lm.max_length} tokens of {lm.name}.")
+        self.fits(lm.max_length, lm.name)
         return self.context or lm.max_length
 
     def _cap(self, subset: str) -> int:
@@ -157,13 +159,11 @@ class LongBench:
             return bool(tokenizer.chat_template) and _plain(subset) not in BARE
         return self.chat
 
-    def _generate(self, lm, subset: str, prompts: list[list[int]], stops: list[int]) -> list[list[int]]:
-        tokenizer = lm.tokenizer
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0]
-        ids, mask = left_pad(prompts, pad)
-        ends = {"stopping_criteria": [FirstLine(tokenizer, ids.shape[1], self.strict_stop)]} if self._until(subset) else {}
-        rows = lm.generate(ids.to(lm.device), mask.to(lm.device), self._cap(subset), stops, chunk=self.chunk, **ends).tolist()
-        return [until_stop(row, [*stops, pad]) for row in rows]
+    def _ends(self, lm, subset: str):
+        """Keywords of a generate call that ends rows at the first line, where the subset's answers are one line."""
+        if not self._until(subset):
+            return None
+        return lambda _, width: {"stopping_criteria": [FirstLine(lm.tokenizer, width, self.strict_stop)]}
 
     def _until(self, subset: str) -> list[str]:
         until = _config(subset)["generation_kwargs"]["until"]

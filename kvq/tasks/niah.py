@@ -2,7 +2,7 @@
 
 Every prompt of a (kind, length, depth, trial) cell is the same for all methods, so differences are paired. Score: the fraction of
 answers found in the output, case ignored, in percent. The paper recycles eight paragraphs and one needle set; here needles and
-haystack change with every trial. Subsets are kinds at a length (`single@2048`); a record keeps its depth for the map.
+haystack change with every trial, so no two prompts share a beginning. Subsets are kinds at a length (`single@2048`); a record keeps its depth for the map.
 """
 
 import functools
@@ -10,9 +10,9 @@ import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from kvq import calibrate
+from kvq import batches, calibrate
 from kvq.errors import Refusal
-from kvq.prompt import left_pad, stop_ids, until_stop
+from kvq.prompt import stop_ids
 from kvq.records import Example, Record
 
 KINDS = ("single", "distractor", "multi", "multikey", "multivalue", "multiquery")
@@ -25,22 +25,30 @@ class NIAH:
     """data: the haystack, `embedded`, `hub` (Paul Graham's essays, as in RULER), hub:<dataset>:<config>:<split>, a text file, or a folder of .txt files.
 
     subsets: kinds, null for all six. lengths: prompt tokens. depths: how many, evenly spaced from 0 to 1. limit: trials per cell.
+    chunk: prefill in pieces of this many tokens.
     """
 
     one_pass = False
     metric = "score"
     perfect = 100.0
 
-    def __init__(self, data: str, limit: int, subsets: list[str] | None, context: int | None, lengths: list[int], depths: int, batch_size: int, max_new_tokens: int, seed: int = 0):
+    def __init__(self, data: str, limit: int, subsets: list[str] | None, context: int | None, lengths: list[int], depths: int, batch_size: int | str, max_new_tokens: int, chunk: int | None = None, seed: int = 0):
         unknown = [s for s in subsets or [] if s not in KINDS]
         if unknown:
             raise Refusal(f"niah has no subset {', '.join(unknown)}; choose from {', '.join(KINDS)}.")
-        if min(limit, depths, batch_size) < 1:
-            raise Refusal("task.limit, task.depths and task.batch_size must be at least 1.")
+        for name, value in (("limit", limit), ("depths", depths), ("max_new_tokens", max_new_tokens), ("chunk", 1 if chunk is None else chunk)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise Refusal(f"task.{name}={value} must be a whole number of at least 1.")
+        batches.check(batch_size)
         self.data, self.limit, self.subsets = data, limit, tuple(subsets or KINDS)
         self.lengths = [context] if context else list(lengths)
         self.depths = [round(i / max(depths - 1, 1), 3) for i in range(depths)] if depths > 1 else [0.5]
-        self.batch_size, self.max_new_tokens, self.seed = batch_size, max_new_tokens, seed
+        self.batch_size, self.max_new_tokens, self.chunk, self.seed = batch_size, max_new_tokens, chunk, seed
+
+    def fits(self, max_length: int, name: str) -> None:
+        """Raise Refusal if a model of `max_length` tokens is too short for a prompt and its answer."""
+        if too_long := [n for n in self.lengths if n + self.max_new_tokens > max_length]:
+            raise Refusal(f"task.lengths={too_long} with {self.max_new_tokens} new tokens exceeds the {max_length} tokens that {name} allows: ask for shorter ones.")
 
     def check(self) -> None:
         """Read the haystack before any model, and fingerprint it. Raises Refusal if there is none."""
@@ -57,9 +65,7 @@ class NIAH:
             if len(haystack.paragraphs) < 8:
                 raise Refusal(f"The haystack '{self.data}' has {len(haystack.paragraphs)} usable paragraphs (60 to 1,200 characters); 8 are needed.")
 
-        too_long = [n for n in self.lengths if n + self.max_new_tokens > lm.max_length]
-        if too_long:
-            raise Refusal(f"task.lengths={too_long} with {self.max_new_tokens} new tokens exceeds the {lm.max_length} tokens that {lm.name} allows.")
+        self.fits(lm.max_length, lm.name)
         found = []
         for length in self.lengths:
             for kind in self.subsets:
@@ -70,21 +76,15 @@ class NIAH:
         return found
 
     def run(self, lm, examples: list[Example]) -> Iterator[Record]:
-        stops = stop_ids(lm)
-        pad = lm.tokenizer.pad_token_id if lm.tokenizer.pad_token_id is not None else stops[0]
-        prompts = [(e, lm.tokenizer(e.payload["prompt"], verbose=False)["input_ids"]) for e in examples]
-        prompts.sort(key=lambda item: -len(item[1]))
-        for start in range(0, len(prompts), self.batch_size):
-            batch = prompts[start : start + self.batch_size]
-            ids, mask = left_pad([row for _, row in batch], pad)
-            rows = lm.generate(ids, mask, self.max_new_tokens, stops).tolist()
-            for (example, prompt), row in zip(batch, rows):
-                text = lm.tokenizer.decode(until_stop(row, [*stops, pad]), skip_special_tokens=True)
-                item = example.payload
-                yield {
-                    "id": example.id, "subset": example.subset, "metrics": {"score": 100.0 * found(text, item["answers"])},
-                    "prediction": text, "target": item["answers"], "kind": item["kind"], "depth": item["depth"], "prompt_tokens": len(prompt),
-                }  # fmt: skip
+        """Generate greedily; yields each record as soon as its batch is done."""
+        prompts = [lm.tokenizer(e.payload["prompt"], verbose=False)["input_ids"] for e in examples]
+        for index, answer, _ in batches.answers(lm, prompts, self.max_new_tokens, self.batch_size, stop_ids(lm), chunk=self.chunk):
+            example, item = examples[index], examples[index].payload
+            text = lm.tokenizer.decode(answer, skip_special_tokens=True)
+            yield {
+                "id": example.id, "subset": example.subset, "metrics": {"score": 100.0 * found(text, item["answers"])},
+                "prediction": text, "target": item["answers"], "kind": item["kind"], "depth": item["depth"], "prompt_tokens": len(prompts[index]),
+            }  # fmt: skip
 
 
 @functools.lru_cache(maxsize=2)

@@ -22,7 +22,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from kvq import calibrate, statistics
+from kvq import batches, calibrate, statistics
 from kvq.errors import Refusal
 from kvq.records import Example, Record
 
@@ -47,9 +47,10 @@ class Perplexity:
     ):  # fmt: skip
         if subsets:
             raise Refusal("perplexity has no subsets; drop task.subsets.")
-        for name, value, least in (("limit", limit, 1), ("context", context, 2), ("batch_size", batch_size, 1), ("stride", stride, 1)):
+        for name, value, least in (("limit", limit, 1), ("context", context, 2), ("stride", stride, 1)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
                 raise Refusal(f"task.{name}={value} must be a whole number of at least {least}.")
+        batches.check(batch_size)
         if stride and stride >= context:
             raise Refusal(f"task.stride={stride} must be below task.context={context}, so that every token is scored; null means windows side by side.")
         if not isinstance(streamed, bool):
@@ -62,10 +63,14 @@ class Perplexity:
         """Read the text before a model is loaded, and fingerprint it. Raises Refusal if there is none."""
         self.content = hashlib.sha256(text(self.source).encode()).hexdigest()[:16]
 
+    def fits(self, max_length: int, name: str) -> None:
+        """Raise Refusal if a window is longer than a model of `max_length` tokens allows."""
+        if self.context > max_length:
+            raise Refusal(f"task.context={self.context} is longer than {name} allows ({max_length}): set it to {max_length} or less.")
+
     def examples(self, lm) -> list[Example]:
         """One example per window; payload (ids [T], first scored position). Raises Refusal if the text or the model is too short."""
-        if self.context > lm.max_length:
-            raise Refusal(f"task.context={self.context} is longer than {lm.name} allows ({lm.max_length}).")
+        self.fits(lm.max_length, lm.name)
         ids = lm.tokenizer(text(self.source), add_special_tokens=False, return_tensors="pt", verbose=False).input_ids[0]
         spans = windows(len(ids), self.context, self.stride)
         if len(spans) < (self.limit or 1):
@@ -78,17 +83,17 @@ class Perplexity:
     def run(self, lm, examples: list[Example]) -> Iterator[Record]:
         """Score windows of one length together, so that no padding exists; weight is the number of scored tokens."""
         for _, group in groupby(examples, key=lambda e: len(e.payload[0])):
-            group = list(group)
-            for start in range(0, len(group), self.batch_size):
-                batch = group[start : start + self.batch_size]
-                ids = torch.stack([e.payload[0] for e in batch]).to(lm.device)
-                mine = stream(lm, ids) if self.streamed else lm.logits(ids)
-                for example, row, a, b in zip(batch, ids, mine, lm.reference.logits(ids)):
-                    first = example.payload[1]
-                    yield {
-                        "id": example.id, "subset": example.subset, "metrics": compare(a, b, row, first), "prediction": None, "target": None,
-                        "weight": len(row) - first, "chance": math.log(a.shape[-1]),
-                    }  # fmt: skip
+            for example, metrics in batches.run(lm, list(group), self.batch_size, lambda batch, _: self._score(lm, batch), lambda e: len(e.payload[0]), logits=0):
+                ids, first = example.payload
+                yield {
+                    "id": example.id, "subset": example.subset, "metrics": metrics, "prediction": None, "target": None,
+                    "weight": len(ids) - first, "chance": math.log(lm.model.config.get_text_config(decoder=True).vocab_size),
+                }  # fmt: skip
+
+    def _score(self, lm, batch: list[Example]) -> list[dict[str, float]]:
+        ids = torch.stack([e.payload[0] for e in batch]).to(lm.device)
+        mine = stream(lm, ids) if self.streamed else lm.logits(ids)
+        return [compare(a, b, row, e.payload[1]) for e, row, a, b in zip(batch, ids, mine, lm.reference.logits(ids))]
 
     def derived(self, records: list[Record]) -> list[dict]:
         """Perplexity, exp of the mean loss per token; its standard error to first order."""

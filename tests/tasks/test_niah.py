@@ -94,7 +94,7 @@ def test_score_is_the_share_of_answers():
     "options, words",
     [
         ({"subsets": ["double"]}, "no subset double"),
-        ({"limit": 0}, "must be at least 1"),
+        ({"limit": 0}, "task.limit=0"),
         ({"data": "/no/such/text"}, "no text"),
         ({"lengths": [4096]}, "exceeds the 2048 tokens"),
         ({"lengths": [32]}, "longer context"),
