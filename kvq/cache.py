@@ -15,7 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from kvq.errors import Refusal
-from kvq.layer import Handle, QuantizedLayer
+from kvq.layer import ATTENTIONS, Handle, QuantizedLayer
 from kvq.mla import LatentLayer
 
 ATTENTION = "kvq"
@@ -34,6 +34,8 @@ def attention(module, query, key, value, attention_mask, *, scaling=None, dropou
         for name, given in kwargs.items():
             if given is not None and name not in IGNORED_KEYWORDS:
                 raise Refusal(f"The attention keyword '{name}' of {type(module).__name__} is not supported with a quantized cache.")
+        if key.layer.reads_codes(query):
+            return key.layer.decode(query, position_ids, query.shape[-1] ** -0.5 if scaling is None else scaling), None
         key, value = key.layer.attend(query, attention_mask, position_ids)
     return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
 
@@ -47,15 +49,22 @@ class QuantizedCache(Cache):
 
     codecs: one (key codec, value codec) pair per decoder layer. `prefill="quantized"` lets the prompt see reconstructed keys and
     values, its own included; `"exact"` attends in full precision while more than one query arrives (KIVI's protocol) and stores codes.
+    attention: `"reference"` reconstructs and calls SDPA; `"fused"` reads packed codes with the pair's kernel when one query arrives, and
+    raises Refusal where there is none; `"auto"` does so on CUDA where there is one and no decoded copy is kept (memo).
     """
 
-    def __init__(self, config, codecs, rope=None, *, sink: int = 0, window: int = 0, prefill: str = "quantized", memo: bool = True):
+    def __init__(self, config, codecs, rope=None, *, sink: int = 0, window: int = 0, prefill: str = "quantized", memo: bool = True, attention: str = "reference"):
+        if attention == "fused" and is_latent(config):
+            raise Refusal("attention=fused: no kernel reads latents and rotary keys from packed codes; use attention=reference.")
+        if attention not in ATTENTIONS:
+            raise Refusal(f"attention={attention} is not one of {', '.join(ATTENTIONS)}.")
         if prefill not in PREFILLS:
             raise Refusal(f"prefill={prefill} is not one of {', '.join(PREFILLS)}.")
         layers, layer_class = [], LatentLayer if is_latent(config) else QuantizedLayer
         for index, (kind, kwargs) in enumerate(layer_kinds(config)):
             if kind == "full_attention":
-                layers.append(layer_class(*codecs[index], sink=sink, window=window, prefill=prefill, memo=memo, rope=rope, index=index))
+                held = {"sink": sink, "window": window, "prefill": prefill, "memo": memo, "rope": rope, "index": index}
+                layers.append(layer_class(*codecs[index], **held, attention=attention))
             else:
                 layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**kwargs))
         super().__init__(layers=layers)

@@ -6,8 +6,11 @@ import torch
 from torch import Tensor
 from transformers import DynamicLayer
 
+from kernels.attention import attend, merge
 from kvq.errors import Refusal
 from kvq.stream import RaggedStream, Stream
+
+ATTENTIONS = ("auto", "reference", "fused")
 
 
 class Handle:
@@ -28,10 +31,11 @@ class QuantizedLayer(DynamicLayer):
     is_croppable = False
     coded = slice(0, 2)  # the streams that are meant to be encoded
 
-    def __init__(self, key_codec, value_codec, *, sink: int, window: int, prefill: str, memo: bool, rope=None, index: int = 0):
+    def __init__(self, key_codec, value_codec, *, sink: int, window: int, prefill: str, memo: bool, rope=None, index: int = 0, attention: str = "reference"):
         super().__init__()
         self.codecs, self.sink, self.window, self.prefill, self.memo = (key_codec, value_codec), sink, window, prefill, memo
-        self.rope, self.index = rope, index
+        self.rope, self.index, self.attention = rope, index, attention
+        self.fused = fuse(key_codec, value_codec) if attention == "fused" else None
         self._clear()
 
     def _clear(self) -> None:
@@ -62,6 +66,37 @@ class QuantizedLayer(DynamicLayer):
             self._open(key, value, mask)
         return self._store(key, value, positions, query.shape[2])
 
+    def reads_codes(self, query: Tensor) -> bool:
+        """Whether `decode` serves this call; a first chunk opens the streams with `attend`."""
+        return self.fused is not None and query.shape[2] == 1 and bool(self.streams)
+
+    def decode(self, query: Tensor, position_ids: Tensor | None, scale: float) -> Tensor:
+        """Encode the pending keys and values and attend with one query per row [B, Hq, 1, D], codes read as they lie; [B, 1, Hq, D]."""
+        key, value = self._pending
+        self._pending = None
+        positions = self._positions(position_ids, key.shape[0])
+        self._raw = None
+        for stream, x in zip(self.streams, (key, value)):
+            stream.append(x, positions)
+        query = query[:, :, 0]
+        if isinstance(self.streams[0], RaggedStream):
+            rows = zip(query.split(1), *(stream.rows for stream in self.streams))
+            output = torch.cat([self._merged(q, *pair, None, scale) for q, *pair in rows])
+        else:
+            first = torch.tensor(self.pads, device=query.device) if any(self.pads) else None
+            output = self._merged(query, *self.streams, first, scale)
+        return output[:, None].to(query.dtype)
+
+    def _merged(self, query: Tensor, key: Stream, value: Stream, first: Tensor | None, scale: float) -> Tensor:
+        common = min(key.encoded, value.encoded)
+        parts = []
+        if common:
+            parts.append(self.fused.attend(query, key.held, value.held, common, scale=scale, first=first, positions=key.positions))
+        if key.length > common:
+            rest = None if first is None else (first - common).clamp_min(0)
+            parts.append(attend(query, key.beside(common), value.beside(common), scale, rest))
+        return merge(parts)[0]
+
     def _store(self, key: Tensor, value: Tensor, positions: Tensor | None, queries: int) -> tuple[Tensor, Tensor]:
         for stream, x in zip(self.streams, (key, value)):
             stream.append(x, positions)
@@ -81,15 +116,21 @@ class QuantizedLayer(DynamicLayer):
 
     def _open(self, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
         batch = key.shape[0]
+        if self.attention == "auto" and not self.memo and key.is_cuda:  # a decoded copy, where one is kept, is what is read
+            self.fused = served(*self.codecs)
         self.cell = sum(x.shape[1] * x.shape[3] for x in (key, value))
         self.pads = _leading_pads(mask, batch)
         ragged = any(self.pads) and (self.sink or any(c.block > 1 or getattr(c, "stateful", False) for c in self.codecs))
-        for codec in self.codecs:
+        for index, codec in enumerate(self.codecs):
             turns = None
             if codec is self.codecs[0] and codec.space == "pre":
                 turns = tuple(lambda x, p, f=f: f(x, p, self.index) for f in (self.rope.rotate, self.rope.unrotate))
-            make = lambda codec=codec, turns=turns: Stream(codec, self.sink, self.window, self.memo, turns)  # noqa: E731
+            make = lambda codec=codec, turns=turns, index=index: Stream(codec, self.sink, self.window, *self._keeping(turns, index))  # noqa: E731
             self.streams.append(RaggedStream(make, self.pads) if ragged else make())
+
+    def _keeping(self, turns, index: int) -> tuple:
+        """(memo, turns, held) of a stream: kernels read codes, so beside them no decoded copy is kept."""
+        return (False, turns, self.fused.held(index)) if self.fused else (self.memo, turns, None)
 
     def audit(self) -> dict[str, int]:
         """Counts and bytes. Raises RuntimeError unless encoded + exact == length in both streams."""
@@ -143,6 +184,20 @@ class QuantizedLayer(DynamicLayer):
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.streams:
             self.batch_select_indices(torch.arange(len(self.pads)).repeat_interleave(repeats))
+
+
+def served(key_codec, value_codec):
+    """What attends over packed codes of this pair, or None: a key codec that has kernels offers `fuse(value codec)`."""
+    return key_codec.fuse(value_codec) if hasattr(key_codec, "fuse") else None
+
+
+def fuse(key_codec, value_codec):
+    """As `served`; raises Refusal where no kernel reads the pair."""
+    pair = served(key_codec, value_codec)
+    if pair is None:
+        names = f"keys of {type(key_codec).__name__} and values of {type(value_codec).__name__} with these options"
+        raise Refusal(f"attention=fused: no kernel reads {names} from packed codes; use attention=reference.")
+    return pair
 
 
 def _leading_pads(mask: Tensor | None, batch: int) -> list[int]:

@@ -118,11 +118,11 @@ class LM:
     The model's generation config loses everything but its special tokens: a task alone says how its answers are drawn.
     """
 
-    def __init__(self, model, tokenizer, name: str, codecs: list, *, sink=0, window=0, prefill="quantized", memo=True, reference: "LM | None" = None):
+    def __init__(self, model, tokenizer, name: str, codecs: list, *, sink=0, window=0, prefill="quantized", memo=True, attention="reference", reference: "LM | None" = None):
         kinds = layer_kinds(model.config)
         model.generation_config = special_tokens_only(model.generation_config)
         self.model, self.tokenizer, self.name, self.codecs = model, tokenizer, name, codecs
-        self.options = {"sink": sink, "window": window, "prefill": prefill, "memo": memo}
+        self.options = {"sink": sink, "window": window, "prefill": prefill, "memo": memo, "attention": attention}
         self.reference = reference or self
         used = [codec for pair in codecs for codec in pair if codec is not None]
         before_rope = any(key is not None and key.space == "pre" for key, _ in codecs)

@@ -27,6 +27,7 @@ class Quantizer(Protocol):
     receives `encode(x, state)` with a dict that lives as long as the stream. `check(heads, head_dim)`, where defined,
     raises ValueError before any work if the codec cannot serve that shape. `depends_on`, a subset of ("calib", "seed"), says what
     shapes a fitted codec beyond its options (both, if absent): a run is not repeated for a calibration that it does not use.
+    A key codec whose codes a kernel can read offers `fuse(value codec)`, a :class:`Fused` or None.
     """
 
     bits: float
@@ -42,6 +43,22 @@ class Quantizer(Protocol):
 
     def decode(self, codes: Codes) -> Tensor:
         """Packed codes to float32 [B, H, T, D]."""
+        ...
+
+
+class Fused(Protocol):
+    """Attention over the packed codes of one layer, for a pair of codecs that a kernel serves."""
+
+    def held(self, index: int):
+        """Where the codes of keys (0) or values (1) are kept, with the members of `kvq.held.Held`; None for a plain one."""
+        ...
+
+    def attend(self, query: Tensor, key, value, tokens: int, *, scale: float, first: Tensor | None, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+        """One query per row [B, Hq, D] (after RoPE) over the first `tokens` tokens held by `key` and `value`.
+
+        first [B]: first visible token, or None for 0. positions [B, T] of the tokens, for keys coded before RoPE. Returns the output
+        [B, Hq, D] and the log-sum-exp of the scaled scores [B, Hq], float32, as `kernels.attention.attend` defines them.
+        """
         ...
 
 
@@ -91,11 +108,6 @@ def set_buffers(codec: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
             raise ValueError(f"A stored calibration holds '{name}', which {type(codec).__name__} does not have.")
         owner.register_buffer(leaf, tensor)
     return codec
-
-
-def concatenate(codes: Codes, more: Codes) -> Codes:
-    """Append along the time axis."""
-    return {name: torch.cat([codes[name], more[name]], dim=2) for name in more} if codes else dict(more)
 
 
 def select(codes: Codes, rows: Tensor) -> Codes:

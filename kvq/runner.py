@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from kvq import calibrate, models, report, results, statistics, store
-from kvq.cache import PREFILLS, coded_shapes
+from kvq.cache import ATTENTIONS, PREFILLS, coded_shapes
 from kvq.errors import Refusal
 
 EVERYTHING = ("calib", "seed")
@@ -43,6 +43,8 @@ def prepare(cfg: DictConfig, choices: dict[str, str]) -> Cell:
             raise Refusal(f"{key}={number} is not a whole number from 0 on.")
     if cfg.prefill not in PREFILLS:
         raise Refusal(f"prefill={cfg.prefill} is not one of {', '.join(PREFILLS)}.")
+    if cfg.attention not in ATTENTIONS:
+        raise Refusal(f"attention={cfg.attention} is not one of {', '.join(ATTENTIONS)}.")
     if OmegaConf.is_missing(cfg.model, "path"):
         models.check("")
     if "path" in cfg.model:
@@ -70,6 +72,7 @@ def prepare(cfg: DictConfig, choices: dict[str, str]) -> Cell:
         "prefill": "quantized" if lossless else cfg.prefill,
         "calib": calib if "calib" in depends else None,
         "seed": cfg.seed if "seed" in depends else None,
+        **({"attention": "fused"} if cfg.attention == "fused" and not lossless else {}),
     }
     return Cell(cfg, choices, identity, results.run_id(identity))
 
@@ -152,7 +155,7 @@ def _samples(cell: Cell, model, tokenizer) -> list[torch.Tensor]:
 
 
 def _bind(cell: Cell, model, tokenizer, codecs) -> models.LM:
-    options = {"sink": cell.cfg.quant.sink, "window": cell.cfg.quant.window, "prefill": cell.identity["prefill"], "memo": cell.cfg.memo}
+    options = {"sink": cell.cfg.quant.sink, "window": cell.cfg.quant.window, "prefill": cell.identity["prefill"], "memo": cell.cfg.memo, "attention": "reference" if cell.is_reference else cell.cfg.attention}
     plain = models.LM(model, tokenizer, cell.choices["model"], _plain(model))
     return models.LM(model, tokenizer, cell.choices["model"], codecs, reference=plain, **options)
 

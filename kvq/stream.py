@@ -11,7 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kvq.quantizer import Codes, code_bytes, concatenate, select
+from kvq.held import Held
+from kvq.quantizer import Codes, select
 
 Turn = Callable[[Tensor, Tensor], Tensor]
 
@@ -20,12 +21,13 @@ class Stream:
     """A growing [B, H, T, D] tensor held as codes.
 
     rotate / unrotate: given for keys coded before RoPE; they take (x, positions [B, T]) and return float32.
+    held: where the codes are kept; a kernel brings its own order of the same bits.
     """
 
-    def __init__(self, codec, sink: int, window: int, memo: bool, turns: tuple[Turn, Turn] | None = None):
+    def __init__(self, codec, sink: int, window: int, memo: bool, turns: tuple[Turn, Turn] | None = None, held: Held | None = None):
         self.codec, self.sink, self.window, self.memo, self.turns = codec, sink, window, memo, turns
         self.length = self.encoded = 0
-        self.codes: Codes = {}
+        self.held = held or Held()
         self.state: dict[str, Tensor] = {}
         self.head = self.tail = self.positions = self._memo = None
 
@@ -57,10 +59,15 @@ class Stream:
             x = self.turns[1](x, self.positions[:, where])
         stateful = getattr(self.codec, "stateful", False)
         codes = self.codec.encode(x, self.state) if stateful else self.codec.encode(x)
-        self.codes = concatenate(self.codes, codes)
+        self.held.append(codes)
         self.encoded += x.shape[2]
         if self.memo:
             self._place(start, self._decode(codes, where))
+
+    @property
+    def codes(self) -> Codes:
+        """All codes, as the codec made them."""
+        return self.held.codes
 
     def _decode(self, codes: Codes, where: slice) -> Tensor:
         x = self.codec.decode(codes)
@@ -87,6 +94,15 @@ class Stream:
             parts.insert(1, self._decode(self.codes, slice(start, start + self.encoded)))
         return torch.cat(parts, dim=2)
 
+    def beside(self, coded: int) -> Tensor:
+        """[B, H, length - coded, D]: every token but the first `coded` (whole blocks) that are held as codes."""
+        parts = [self.head, self.tail]
+        if self.encoded > coded:
+            start = self.head.shape[2]
+            codes = {name: leaf[:, :, coded // self.codec.block :] for name, leaf in self.codes.items()}
+            parts.insert(1, self._decode(codes, slice(start + coded, start + self.encoded)))
+        return torch.cat(parts, dim=2)
+
     @property
     def exact(self) -> int:
         """Tokens held in full precision (sink and window)."""
@@ -98,11 +114,11 @@ class Stream:
             return 0, 0, 0
         exact = sum(t.numel() * t.element_size() for t in (self.head, self.tail, *self.state.values()))
         batch, heads, _, dim = self.tail.shape
-        return code_bytes(self.codes), exact, batch * heads * dim * self.encoded
+        return self.held.bytes(), exact, batch * heads * dim * self.encoded
 
     def select(self, rows: Tensor) -> None:
         """Keep these batch rows, in this order, repeats allowed (beam search)."""
-        self.codes, self.state = select(self.codes, rows), select(self.state, rows)
+        self.held, self.state = self.held.select(rows), select(self.state, rows)
         for name in ("head", "tail", "positions", "_memo"):
             if getattr(self, name) is not None:
                 setattr(self, name, getattr(self, name).index_select(0, rows.to(self.tail.device)))
