@@ -33,7 +33,8 @@ class AIME:
 
     subsets: aime24, aime25 or the folder's files; null: all. limit: first problems per subset. repeats: samples per problem.
     temperature 0 decodes greedily. chat: auto, true or false. opening: text the answer starts with (`<think>`), unless the template has
-    put it there. Raises Refusal on bad options.
+    put it there. shots: solved problems in front of each embedded one, which makes prompts longer than an exact window. Raises Refusal
+    on bad options.
     """
 
     one_pass = False
@@ -42,8 +43,12 @@ class AIME:
 
     def __init__(
         self, data="hub", subsets=None, limit=None, repeats=8, temperature=0.6, top_p=0.95, max_new_tokens=32768, batch_size=1,
-        chat="auto", thinking=True, opening=None, chunk=None, seed=0,
+        chat="auto", thinking=True, opening=None, shots=0, chunk=None, seed=0,
     ):  # fmt: skip
+        if isinstance(shots, bool) or not isinstance(shots, int) or shots < 0:
+            raise Refusal(f"task.shots={shots} must be a whole number of at least 0.")
+        if shots and data != "embedded":
+            raise Refusal(f"task.shots={shots} needs worked problems, which only task.data=embedded has; the papers use none.")
         for name, value in (("limit", limit), ("repeats", repeats), ("max_new_tokens", max_new_tokens), ("chunk", chunk)):
             if not (value is None and name in ("limit", "chunk")) and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise Refusal(f"task.{name}={value} must be a whole number of at least 1.")
@@ -56,10 +61,15 @@ class AIME:
             raise Refusal(f"task.chat={chat} is not one of auto, true, false.")
         self.data, self.limit, self.repeats, self.batch_size, self.seed = str(data), limit, repeats, batch_size, seed
         self.temperature, self.top_p, self.chunk = temperature, top_p, chunk
-        self.chat, self.thinking, self.opening = chat, thinking, opening or ""
+        self.chat, self.thinking, self.opening, self.shots = chat, thinking, opening or "", shots
         self.cap = min(max_new_tokens, EMBEDDED_TOKENS) if data == "embedded" else max_new_tokens
         self.subsets = [subsets] if isinstance(subsets, str) else subsets
         self._problems: dict[str, list[dict]] = {}
+
+    def fits(self, max_length: int, name: str) -> None:
+        """Raise Refusal if the answers alone may fill a model of `max_length` tokens."""
+        if self.cap >= max_length:
+            raise Refusal(f"{self.cap} new tokens leave no room for a problem in the {max_length} tokens of {name}: lower task.max_new_tokens.")
 
     def check(self) -> None:
         """Load the problems before any model. Raises Refusal for a missing file, column or network, or an answer that is no integer."""
@@ -95,6 +105,7 @@ class AIME:
     def examples(self, lm) -> list[Example]:
         """Ids are <subset>/<problem>/<repeat>; the payload is {problem, answer, prompt ids}."""
         self.check()
+        self.fits(lm.max_length, lm.name)
         if self.chat is True and not lm.tokenizer.chat_template:
             raise Refusal(f"task.chat=true, but the tokenizer of {lm.name} has no chat template; use task.chat=auto.")
         examples, longest = [], 0
@@ -112,10 +123,18 @@ class AIME:
 
     def _prompt(self, tokenizer, problem: str) -> list[int]:
         chat = bool(tokenizer.chat_template) if self.chat == "auto" else self.chat
-        ids = render(tokenizer, (INSTRUCTION if chat else PLAIN).format(problem=problem), chat, self.thinking)
+        ids = render(tokenizer, self._worked() + (INSTRUCTION if chat else PLAIN).format(problem=problem), chat, self.thinking)
         if self.opening and not tokenizer.decode(ids).rstrip().endswith(self.opening.rstrip()):
             ids = ids + tokenizer(self.opening, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
+
+    def _worked(self) -> str:
+        """The same solved problems in front of every prompt, from the streams of the next seed."""
+        if not self.shots:
+            return ""
+        from kvq.standin.arithmetic import generate, solution
+
+        return "".join(PLAIN.format(problem=item["problem"]) + solution(item) + "\n\n" for item in generate(self.shots, self.seed + 1))
 
     def run(self, lm, examples: list[Example]) -> Iterator[Record]:
         """Sample in batches of similar prompts; yields the records of a batch as soon as it is done."""
