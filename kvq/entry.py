@@ -1,15 +1,27 @@
-"""The command line: compose the configuration, run one cell, turn every user error into one sentence and a non-zero exit code."""
+"""The command line: compose the configuration, run one cell or a sweep, turn every error into one sentence and a non-zero exit code."""
 
 import difflib
 import importlib.metadata
+import importlib.util
 import logging
 import os
 import re
 import sys
+import tomllib
+import traceback
+import warnings
 
+from kvq import sweep
 from kvq.errors import Refusal
 
-CONFIG = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "conf")
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+CONFIG = os.path.join(ROOT, "conf")
+GROUPS = ("model", "quant", "task", "calib")
+PLACED = ("joblib", "submitit_local", "ray")
+"""Launchers whose processes we give a GPU and cores each; SLURM hands out both itself."""
+
+# Our launcher configs carry the plugins' names and are complete without the plugins' schemas, which Hydra merges into them with a warning.
+warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema")
 
 
 def guard() -> None:
@@ -21,49 +33,150 @@ def guard() -> None:
     raise Refusal(f"The PyPI package 'kernels' ({version}) clashes with this repository's folder of that name; pip uninstall kernels.")
 
 
-def main() -> int:
-    """Run; return the exit code: 0 done, 2 refused with a sentence, 130 interrupted."""
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    import hydra
+def cell(cfg) -> None:
+    """Hydra's task function: one cell. Alone it raises; in a sweep it writes down what happened and the sweep goes on."""
     from hydra.core.hydra_config import HydraConfig
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
 
-    failures = []
-
-    @hydra.main(version_base="1.3", config_path=CONFIG, config_name="config")
-    def job(cfg) -> None:
+    chosen = HydraConfig.get()
+    choices = {k: v for k, v in chosen.runtime.choices.items() if k in GROUPS and v}
+    if chosen.mode.name != "MULTIRUN":
         _quiet()
         from kvq.runner import run
 
-        chosen = HydraConfig.get()
-        choices = {k: v for k, v in chosen.runtime.choices.items() if k in ("model", "quant", "task", "calib") and v}
-        try:
-            run(cfg, choices)
-        except (Refusal, OmegaConfBaseException) as error:
-            failures.append((" ".join(chosen.overrides.task), sentence(str(error))))
-            if chosen.mode.name == "MULTIRUN":
-                print(f"refused: {failures[-1][0]}: {failures[-1][1]}", file=sys.stderr)
+        run(cfg, choices)
+        return
+    where = sweep.folder(cfg.outputs, cfg.sweep)
+    launcher = chosen.runtime.choices["hydra/launcher"]
+    if launcher in PLACED:
+        from kvq import slots
+
+        slots.take(where / ".slots", cfg.jobs, chosen.job.num)
+    note = sweep.Note(where, list(chosen.overrides.task))
+    note.write("running")
+    try:
+        _noted(cfg, choices, note)
+    except Exception as error:
+        reason = explain(error)
+        print(f"failed: {' '.join(note.state['cell'])}: {reason}", file=sys.stderr, flush=True)
+        note.failed(reason, error)
+        _free_memory()
+
+
+def _noted(cfg, choices, note: sweep.Note) -> None:
+    from kvq.claim import Busy
+
+    _quiet()
+    from kvq.runner import run
+
+    told = {}
+
+    def remember(**known):
+        told.update(known)
+        note.write("running", **known)
 
     try:
-        guard()
-        job()
-    except Refusal as error:
-        failures.append(("", str(error)))
-    except (HydraException, OmegaConfBaseException) as error:
-        failures.append(("", sentence(f"{error}\n{error.__cause__ or ''}")))
+        run(cfg, choices, wait=False, note=remember)
+    except Busy as busy:
+        print(f"left to {busy}: {' '.join(note.state['cell'])}", flush=True)
+        note.write("claimed", by=str(busy))
+    else:
+        note.write("estimated" if cfg.dry_run and not told["finished"] else "finished")
+
+
+def explain(error: BaseException) -> str:
+    """Any error as one sentence; those that are not meant for users keep their type and place."""
+    from omegaconf.errors import OmegaConfBaseException
+
+    if isinstance(error, Refusal):
+        return str(error)
+    if isinstance(error, OmegaConfBaseException):
+        return sentence(str(error))
+    message = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
+    if type(error).__name__ == "OutOfMemoryError":
+        return f"The GPU ran out of memory ({message}); lower task.batch_size or task.context, or see dry_run=true."
+    place = traceback.extract_tb(error.__traceback__)
+    where = f" at {os.path.relpath(place[-1].filename, ROOT)}:{place[-1].lineno}" if place else ""
+    return f"unexpected {type(error).__name__}: {message}{where}."
+
+
+def main() -> int:
+    """Run; return the exit code: 0 done, 1 an unexpected error, 2 refused or failed cells, 3 cells left to other processes, 130 interrupted."""
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([ROOT, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]))  # for workers
+    from kvq import plan
+
+    arguments, plan.launched = list(sys.argv), None
+    if not any(a.startswith("sweep=") for a in arguments):
+        sys.argv = [*arguments, f"sweep={sweep.name_of(arguments[1:])}"]
+    try:
+        problem = _launch()
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on from the last finished example", file=sys.stderr)
         return 130
-    for cell, reason in failures:
-        print(f"error: {reason}" if len(failures) == 1 else f"error: {cell}: {reason}", file=sys.stderr)
-    return 2 if failures else 0
+    finally:
+        sys.argv = arguments
+    if problem:
+        print(f"error: {problem[1]}", file=sys.stderr)
+    code = _summary(*plan.launched) if plan.launched else 0
+    return problem[0] if problem else code
+
+
+def _launch() -> tuple[int, str] | None:
+    """Hydra's main; (exit code, sentence) if it raised."""
+    import hydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    try:
+        guard()
+        hydra.main(version_base="1.3", config_path=CONFIG, config_name="config")(cell)()
+    except Refusal as error:
+        return 2, str(error)
+    except (HydraException, OmegaConfBaseException) as error:
+        missing = _missing_plugin(f"{error}\n{error.__cause__ or ''}")
+        return 2, missing or sentence(f"{error}\n{error.__cause__ or ''}")
+    except (YAMLError, UnicodeDecodeError) as error:
+        return 2, f"A file of conf/ is not readable YAML: {' '.join(str(error).split())}"
+    except Exception as error:
+        if type(error).__name__ == "TerminatedWorkerError" or "died unexpectedly" in str(error):
+            return 1, "A worker process was killed (by hand, or for want of memory); run the same command again to go on."
+        traceback.print_exc()
+        return 1, explain(error)
+    return None
+
+
+def _summary(where, planned: list[str]) -> int:
+    """One line per cell that did not finish and a count, from the states that the workers left; the exit code."""
+    from kvq.status import State, states
+
+    found = [s for s in states(where) if s.key in planned]
+    failed = [s for s in found if s.state in (State.FAILED, State.STOPPED, State.MISSING)]
+    left = [s for s in found if s.state == State.RUNNING]
+    for one in failed:
+        print(f"error: {one.cell}: {one.reason}", file=sys.stderr)
+    for one in left:
+        print(f"left: {one.cell}: {one.reason}", file=sys.stderr)
+    print(f"sweep {where.name}: {len(found) - len(failed) - len(left)} of {len(found)} cells done, {len(failed)} failed, {len(left)} elsewhere", file=sys.stderr)
+    return 2 if failed else 3 if left else 0
+
+
+def _missing_plugin(message: str) -> str | None:
+    """What to install for a launcher whose plugin is absent, from pyproject.toml."""
+    found = re.search(r"hydra_plugins\.hydra_(\w+)_launcher", message)
+    if not found or importlib.util.find_spec(f"hydra_plugins.hydra_{found[1]}_launcher"):
+        return None
+    with open(os.path.join(ROOT, "pyproject.toml"), "rb") as stream:
+        project = tomllib.load(stream)["project"]
+    pins = project["optional-dependencies"].get(found[1]) or [p for p in project["dependencies"] if found[1] in p]
+    extra = f" (extra `{found[1]}` in pyproject.toml)" if found[1] in project["optional-dependencies"] else ""
+    return f"hydra/launcher={found[1]} needs a plugin that is not installed: pip install {' '.join(pins)}{extra}."
 
 
 def sentence(message: str) -> str:
     """Hydra's message as one sentence with the valid choices: unknown group options, unknown keys, bad values."""
-    missing = re.search(r"Could not find '([^/']+)/([^']+)'", message)
+    missing = re.search(r"Could not find '(.+)/([^/']+)'", message)
     if missing:
         group, wanted = missing.groups()
         options = re.findall(r"^\t(\S+)$", message, re.M)
@@ -107,3 +220,13 @@ def _quiet() -> None:
 
     transformers.logging.set_verbosity_error()
     logging.getLogger("kvq").setLevel(logging.INFO)
+
+
+def _free_memory() -> None:
+    """Give back what a failed cell held on the GPU."""
+    torch = sys.modules.get("torch")
+    if torch and torch.cuda.is_initialized():
+        import gc
+
+        gc.collect()
+        torch.cuda.empty_cache()

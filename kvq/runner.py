@@ -3,6 +3,8 @@
 import json
 import math
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +14,9 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from kvq import calibrate, models, report, results, statistics, store
+from kvq import calibrate, estimate, models, placement, predictions, report, results, rows, store
 from kvq.cache import ATTENTIONS, PREFILLS, coded_shapes
+from kvq.claim import Claim
 from kvq.errors import Refusal
 
 EVERYTHING = ("calib", "seed")
@@ -28,10 +31,24 @@ class Cell:
     choices: dict[str, str]
     identity: dict
     run: str
+    resolved: dict
 
     @property
     def is_reference(self) -> bool:
         return self.choices["quant"] == "fp16"
+
+    @property
+    def label(self) -> float:
+        """The paper's bits: the mean of keys' and values'."""
+        return (self.cfg.quant.key.bits + self.cfg.quant.value.bits) / 2
+
+    @property
+    def path(self) -> Path:
+        return Path(self.cfg.results) / "runs" / f"{self.run}.parquet"
+
+    @property
+    def partial(self) -> Path:
+        return Path(self.cfg.outputs) / "partial" / f"{self.run}.jsonl"
 
 
 def prepare(cfg: DictConfig, choices: dict[str, str]) -> Cell:
@@ -74,25 +91,61 @@ def prepare(cfg: DictConfig, choices: dict[str, str]) -> Cell:
         "seed": cfg.seed if "seed" in depends else None,
         **({"attention": "fused"} if cfg.attention == "fused" and not lossless else {}),
     }
-    return Cell(cfg, choices, identity, results.run_id(identity))
+    return Cell(cfg, choices, identity, results.run_id(identity), resolved)
 
 
-def run(cfg: DictConfig, choices: dict[str, str]) -> pd.DataFrame:
-    """Compute the cell unless its parquet exists, its fp16 reference first; return its rows."""
+def run(cfg: DictConfig, choices: dict[str, str], wait: bool = True, note=lambda **_: None) -> pd.DataFrame | None:
+    """Compute the cell unless its parquet exists, its fp16 reference first; return its rows (None after dry_run).
+
+    wait: wait for another process that computes the same cell, instead of raising claim.Busy. note: told run=<id> and finished=<bool>.
+    """
     cell = prepare(cfg, choices)
-    folder = Path(cfg.results) / "runs"
-    path = folder / f"{cell.run}.parquet"
-    if path.is_file() and not cfg.force:
-        report.say(f"run {cell.run} is finished; force=true repeats it")
-        return report.show(results.read(path))
-    reference = None
-    if not cell.is_reference:
-        fp16 = _reference(cfg, choices)
-        if not (folder / f"{fp16.run}.parquet").is_file():
-            _samples(cell, *_instantiate(cfg.model, drop=models.TASK_DEFAULTS))  # refuse before the long fp16 run
-            _compute(fp16, folder, None)
-        reference = _records(folder / f"{fp16.run}.jsonl")
-    return report.show(_compute(cell, folder, reference))
+    note(run=cell.run, finished=finished(cell))
+    if cfg.dry_run:
+        return estimate.show(cell, _estimate(cell), finished(cell))
+    if finished(cell):
+        return _again(cell)
+    _estimate(cell).refuse_if_too_large()
+    with _claim(cell, wait) as claims:
+        if finished(cell):  # by the process that was waited for
+            return _again(cell)
+        reference = None
+        if not cell.is_reference:
+            fp16 = _reference(cfg, choices)
+            if not finished(fp16):
+                _samples(cell, *_load(cfg))  # refuse before the long fp16 run
+                with _claim(fp16, wait=True) as theirs:
+                    if not finished(fp16):
+                        _compute(fp16, None, theirs)
+            reference = _predictions(fp16)
+        return report.show(_compute(cell, reference, claims))
+
+
+def finished(cell: Cell) -> bool:
+    return cell.path.is_file() and not cell.cfg.force
+
+
+def _again(cell: Cell) -> pd.DataFrame:
+    frame = results.read(cell.path)
+    if set(frame.run) != {cell.run}:
+        raise Refusal(f"{cell.path} holds rows of run {frame.run.iloc[0]}; delete it and run the cell again.")
+    cell.partial.unlink(missing_ok=True)  # left by a kill between the last two steps
+    report.say(f"run {cell.run} is finished; force=true repeats it")
+    return report.show(frame)
+
+
+@contextmanager
+def _claim(cell: Cell, wait: bool) -> Iterator[list[Claim]]:
+    """The cell's rows and its unfinished records for this process alone; the two folders may be shared by different machines."""
+    with ExitStack() as stack:
+        yield [stack.enter_context(Claim(Path(folder), cell.run, wait)) for folder in (cell.path.parent.parent / ".claims", Path(cell.cfg.outputs) / "claims")]
+
+
+def _predictions(cell: Cell) -> list[dict]:
+    path = cell.path.with_suffix(".jsonl")
+    if not path.is_file():
+        raise Refusal(f"{path} is missing although its rows exist; run the fp16 cell again with quant=fp16 force=true.")
+    return predictions.read(path)
 
 
 def _reference(cfg: DictConfig, choices: dict[str, str]) -> Cell:
@@ -102,27 +155,48 @@ def _reference(cfg: DictConfig, choices: dict[str, str]) -> Cell:
     return prepare(fp16, {**choices, "quant": "fp16"})
 
 
-def _compute(cell: Cell, folder: Path, reference: list[dict] | None) -> pd.DataFrame:
+def _load(cfg: DictConfig):
+    return _instantiate(cfg.model, drop=models.TASK_DEFAULTS)
+
+
+def _compute(cell: Cell, reference: list[dict] | None, claims: list[Claim]) -> pd.DataFrame:
     cfg, task = cell.cfg, _instantiate(cell.cfg.task)
-    model, tokenizer = _instantiate(cfg.model, drop=models.TASK_DEFAULTS)
-    start = time.perf_counter()
-    codecs = _codecs(cell, model, tokenizer)
-    calibration_seconds = time.perf_counter() - start
-    lm = _bind(cell, model, tokenizer, codecs)
-    examples = task.examples(lm)
-    partial = Path(cfg.outputs) / "partial" / f"{cell.run}.jsonl"
-    if cfg.force:
-        partial.unlink(missing_ok=True)
-    done = {r["id"]: r for r in _records(partial)} if partial.is_file() else {}
-    _append(partial, task, lm, [e for e in examples if e.id not in done], cell)
-    by_id = {r["id"]: r for r in _records(partial)}
-    records = [by_id[e.id] for e in examples]
-    usage = pd.DataFrame([r["usage"] for r in records]).sum().to_dict()
-    rows = _rows(cell, task, records, reference, {**usage, "calibration_seconds": calibration_seconds}, model)
-    results.replace(folder / f"{cell.run}.jsonl", lambda t: t.write_text("".join(json.dumps(r) + "\n" for r in records)))
-    frame = results.write(rows, folder / f"{cell.run}.parquet")
-    partial.unlink()
+    with _instantiate(cfg.logger).run(cell) as log:
+        model, tokenizer = _load(cfg)
+        start = time.perf_counter()
+        codecs = _codecs(cell, model, tokenizer)
+        calibration_seconds = time.perf_counter() - start
+        lm = _bind(cell, model, tokenizer, codecs)
+        examples = task.examples(lm)
+        if cfg.force:
+            cell.partial.unlink(missing_ok=True)
+        done = {r["id"]: r for r in predictions.resume(cell.partial)}
+        log.resume(list(done.values()), len(examples))
+        predictions.append(cell.partial, _timed(task, lm, [e for e in examples if e.id not in done], cell, log))
+        by_id = {r["id"]: r for r in predictions.read(cell.partial)}
+        records = [by_id[e.id] for e in examples]
+        usage = {**pd.DataFrame([r["usage"] for r in records]).sum().to_dict(), "calibration_seconds": calibration_seconds}
+        table = rows.of_run(cell, task, records, reference, usage, _device_name(model))
+        for claim in claims:
+            claim.check()
+        text = "".join(map(predictions.line, records))
+        results.replace(cell.path.with_suffix(".jsonl"), lambda t: t.write_text(text, encoding="utf-8"))
+        frame = results.write(table, cell.path)
+        cell.partial.unlink()
+        log.finish(frame, records)
     return frame
+
+
+def _timed(task, lm, examples, cell: Cell, log) -> Iterator[dict]:
+    """The task's records with what each took; the logger sees them after the caller has written them."""
+    title = f"{cell.choices['task']} {cell.choices['quant']}"
+    start = time.perf_counter()
+    for record in tqdm(task.run(lm, examples), total=len(examples), desc=title, unit="example", disable=None):
+        now = time.perf_counter()
+        record["usage"] = {**lm.usage(), "task_seconds": now - start}
+        start = now
+        yield record
+        log.example(record)
 
 
 def _codecs(cell: Cell, model, tokenizer) -> list[tuple]:
@@ -130,15 +204,16 @@ def _codecs(cell: Cell, model, tokenizer) -> list[tuple]:
     make_key, make_value = (_make(cfg.quant[kind], cfg.seed) for kind in ("key", "value"))
     samples = _samples(cell, model, tokenizer)
     quant = {k: v for k, v in cell.identity["quant"].items() if k not in ("sink", "window", "bits")}
-    text = results.run_id({"tokens": [s.tolist() for s in samples]})
-    recipe = {"quant": cell.choices["quant"], "codec": quant, "model": cell.identity["model"], "text": text, "seed": cfg.seed, "code": store.code_version()}
-    recipe = json.loads(json.dumps(recipe))
+    recipe = {
+        "quant": cell.choices["quant"], "codec": quant, "model": cell.identity["model"], "revision": getattr(model.config, "_commit_hash", None),
+        "tokens": sum(map(len, samples)), "text": results.run_id({"tokens": [s.tolist() for s in samples]}), "seed": cfg.seed, "code": store.code_version(),
+    }  # fmt: skip
     return store.fetch(
         make_pairs=lambda: [(make_key(), make_value()) for _ in range(config.num_hidden_layers)],
         fit=lambda: _refuse(
             calibrate.fit, model, samples, make_key, make_value, seed=cfg.seed, memory_gb=cfg.calib.memory_gb, batch_size=cfg.calib.batch_size
         ),
-        recipe=recipe, folder=Path(cfg.calibrations), device=model.device,
+        recipe=json.loads(json.dumps(recipe)), folder=Path(cfg.calibrations), devices=placement.layer_devices(model), may_fit=cfg.fit,
     )  # fmt: skip
 
 
@@ -168,75 +243,9 @@ def _plain(model) -> list[tuple]:
     return calibrate.fit(model, samples, make_key, make_value, seed=0, memory_gb=1)
 
 
-def _append(path: Path, task, lm, examples, cell: Cell) -> None:
-    """Run the examples, each record on disk before the next starts."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _drop_torn_line(path)
-    title = f"{cell.choices['task']} {cell.choices['quant']}"
-    with open(path, "a") as stream:
-        start = time.perf_counter()
-        for record in tqdm(task.run(lm, examples), total=len(examples), desc=title, unit="example", disable=None):
-            now = time.perf_counter()
-            record["usage"] = {**lm.usage(), "task_seconds": now - start}
-            start = now
-            stream.write(json.dumps(record) + "\n")
-            stream.flush()
-
-
-def _drop_torn_line(path: Path) -> None:
-    if path.is_file():
-        text = path.read_text()
-        whole = text[: text.rfind("\n") + 1]
-        if whole != text:
-            results.replace(path, lambda temporary: temporary.write_text(whole))
-
-
-def _records(path: Path) -> list[dict]:
-    if not path.is_file():
-        raise Refusal(f"{path} is missing although its rows exist; run the fp16 cell again with quant=fp16 force=true.")
-    records = []
-    for line in path.read_text().splitlines(keepends=True):
-        if line.endswith("\n"):
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise Refusal(f"{path} holds a damaged line; delete it and run again with force=true.") from error
-    return records
-
-
-def _rows(cell: Cell, task, records, reference, usage, model) -> list[dict]:
-    """Result rows of one run. Raises RuntimeError through the schema if nothing was compressed."""
-    cfg, config = cell.cfg, OmegaConf.to_container(cell.cfg, resolve=True)
-    tables = usage.get("table_bytes", 0)
-    if not usage.get("coded_values"):
-        raise Refusal(
-            f"Nothing was compressed: every token stayed exact (quant.sink={cfg.quant.sink}, quant.window={cfg.quant.window}); "
-            "lower them or use longer prompts. Nothing was written."
-        )
-    stored = 8 * usage["code_bytes"] / usage["coded_values"]
-    label = (cfg.quant.key.bits + cfg.quant.value.bits) / 2
-    common = {
-        "run": cell.run, "model": cell.choices["model"], "quant": cell.choices["quant"], "task": cell.choices["task"], "data": str(task.data),
-        "calib": cell.choices["calib"] if cell.identity["calib"] else "none", "bits": label, "bits_stored": stored,
-        "bits_total": 8 * (usage["code_bytes"] + usage["exact_bytes"] + tables) / usage["slot_values"],
-        "encoded_tokens": int(usage["encoded"]), "seed": cfg.seed, "config": json.dumps({**config, "identity": cell.identity}, sort_keys=True),
-        **results.provenance(_device_name(model)),
-    }  # fmt: skip
-    rows = [{**common, **row} for row in statistics.summarize(records).to_dict("records")]
-    for suffix, some in (("", records), ("_fp16", reference or [])):
-        derived = task.derived(some) if some and hasattr(task, "derived") else []
-        rows += [{**common, **row, "metric": row["metric"] + suffix} for row in derived]
-    fp16 = records if cell.is_reference else reference
-    if hasattr(task, "perfect"):
-        rows += [{**common, **row, "metric": statistics.WEAK} for row in statistics.weakness(fp16, task.metric, task.perfect).to_dict("records")]
-    if reference is not None:
-        for suffix, table in (("fp16", statistics.summarize(reference)), ("minus_fp16", statistics.paired(records, reference, task.metric))):
-            table = table[table.metric == task.metric] if "metric" in table else table
-            rows += [{**common, **row, "metric": f"{task.metric}_{suffix}"} for row in table.to_dict("records")]
-    rate = len(records) / usage["task_seconds"]  # as run: the fp16 forward that perplexity compares with is included
-    once = {"tokens": usage["tokens"], "compression": 16 / stored, "examples_per_second": rate, **{k: v for k, v in usage.items() if k.endswith("_seconds")}}
-    rows += [{**common, "subset": "run", "metric": k, "value": v, "stderr": 0.0, "n": len(records)} for k, v in once.items()]
-    return rows
+def _estimate(cell: Cell) -> "estimate.Estimate":
+    codecs = {kind: _make(cell.cfg.quant[kind], cell.cfg.seed) for kind in ("key", "value")}
+    return estimate.of(cell, _instantiate(cell.cfg.task), codecs, lambda: _load(cell.cfg)[0].config)
 
 
 def _device_name(model) -> str:

@@ -48,7 +48,7 @@ RECIPE = {"quant": "table", "codec": {"bits": 2}, "model": {"content": "ab"}, "s
 
 
 def fetch(folder, fit, recipe=RECIPE):
-    return store.fetch(make_pairs=make_pairs, fit=fit, recipe=recipe, folder=folder, device="cpu")
+    return store.fetch(make_pairs=make_pairs, fit=fit, recipe=recipe, folder=folder, devices=["cpu"] * 3)
 
 
 def entry(folder):
@@ -113,7 +113,7 @@ def test_nothing_is_ever_unpickled(tmp_path):
 def test_codecs_without_buffers_are_stored_too(tmp_path):
     calls = []
     for _ in range(2):
-        store.fetch(make_pairs=lambda: [(nn.Module(), nn.Module())], fit=lambda: calls.append(1) or [(nn.Module(), nn.Module())], recipe=RECIPE, folder=tmp_path, device="cpu")
+        store.fetch(make_pairs=lambda: [(nn.Module(), nn.Module())], fit=lambda: calls.append(1) or [(nn.Module(), nn.Module())], recipe=RECIPE, folder=tmp_path, devices=["cpu"])
     assert calls == [1]
 
 

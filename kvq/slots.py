@@ -1,0 +1,60 @@
+"""One of `jobs` places on this machine for a process of a parallel sweep: a GPU of its own and its share of the CPU cores.
+
+A process keeps its place until it ends, also from job to job where a launcher reuses workers; kill -9 frees it.
+"""
+
+import os
+import subprocess
+import time
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from kvq.claim import HOST
+
+_held: FileLock | None = None
+
+
+def take(folder: Path, jobs: int, prefer: int, pin: bool = True) -> int:
+    """Wait for a free place, the job's own number first; pin GPU (`pin`) and threads. Call before CUDA or OpenMP start. Returns the place."""
+    global _held
+    if _held is not None:
+        return int(Path(_held.lock_file).stem.rpartition("-")[2])
+    folder.mkdir(parents=True, exist_ok=True)
+    place = _wait(folder, jobs, prefer)
+    gpus = visible_gpus()
+    if pin and gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[place % len(gpus)]
+    threads = str(max(1, len(os.sched_getaffinity(0)) // jobs))
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ[name] = threads
+    import torch
+
+    torch.set_num_threads(int(threads))
+    return place
+
+
+def _wait(folder: Path, jobs: int, prefer: int) -> int:
+    global _held
+    while True:
+        for place in ((prefer + i) % jobs for i in range(jobs)):
+            lock = FileLock(folder / f"{HOST}-{place}.lock")
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                continue
+            _held = lock
+            return place
+        time.sleep(0.2)
+
+
+def visible_gpus() -> list[str]:
+    """Ids of the GPUs this process may use, without touching CUDA."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is not None:
+        return [gpu for gpu in given.split(",") if gpu.strip()]
+    try:
+        listed = subprocess.run(["nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader"], capture_output=True, text=True, timeout=60)
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return []
+    return listed.stdout.split() if listed.returncode == 0 else []
