@@ -17,10 +17,8 @@ def gain_shape(x: Tensor, weights: Tensor, inverse: Tensor, labels: Tensor, entr
 
     An entry whose mean direction vanishes keeps its direction; an entry without members stays as it is.
     """
-    count = entries.shape[1]
-    mass, total = sums(x, weights, labels, count)
-    _, units = sums(x, weights * inverse, labels, count)
-    tiny = torch.finfo(x.dtype).tiny
+    (mass, _), (total, units) = sums(x, torch.stack([weights, weights * inverse]), labels, entries.shape[1])
+    tiny = torch.finfo(mass.dtype).tiny
     # A unit-vector sum is compared with its largest possible length, the mass of the members that have a direction.
     length = units.norm(dim=-1, keepdim=True)
     old = entries / entries.norm(dim=-1, keepdim=True).clamp_min(tiny)

@@ -1,5 +1,7 @@
 """Batched weighted clustering: nearest entries in L2, weighted sums, four starts, and one driver that takes the update rule as an argument.
 
+CPU tensors are computed here, CUDA tensors by `kernels.kmeans_triton`; both give the same up to rounding.
+
 Lloyd's rule (:func:`mean`) is here; the gain-shape rule of GSRQ (arXiv 2607.01065, Algorithm 1) is `gsrq.gskm.gain_shape`.
 The start is separate from the rule because in high dimension it decides more than the rule does: an entry that is still one data
 point wins nothing against an entry that already averages many, once D > 8 ln K.
@@ -10,10 +12,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag, linear, max_pool2d
 
 STARTS = ("random", "kmeans++", "spherical", "equal_norm")
+TINY = torch.finfo(torch.float32).tiny
 EPS = 1e-12  # relative to the largest norm: shorter vectors have no direction
-SCORES = 2**21  # scores held at once on a CPU (8 MiB); a GPU gets 32 times as many
+SCORES = 2**19  # scores held at once on a CPU: 2 MiB, about a cache of two cores
+LANES = 256  # vectors whose maxima are found side by side on a CPU
+FEW = 64  # below so many vectors one batched product beats one product per group
 SEEDING = 32  # k-means++ and the spherical warm-up look at no more than this many random vectors per entry
 
 Update = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -30,25 +36,42 @@ class Clustering(NamedTuple):
 def nearest(x: Tensor, entries: Tensor, *, cosine: bool = False) -> tuple[Tensor, Tensor]:
     """Index of the entry nearest to each vector in L2, and its score x.c - ||c||^2 / 2 (so ||x - c||^2 = ||x||^2 - 2 score).
 
-    x [G, N, D], entries [G, K, D], both float32; returns int64 [G, N] and float32 [G, N].
-    With `cosine` the norms of the entries are ignored and the score is x.c. Ties go to either entry.
+    x [G, N, D], entries [G, K, D]; returns integers [G, N] (int64, on CUDA int32) and float32 [G, N].
+    With `cosine` the norms of the entries are ignored and the score is x.c. Ties go to either entry. Both are float32 on a CPU;
+    on CUDA x is float16, bfloat16 or float32 and the product is taken in its precision (float32: tf32) with entries rounded to it.
     """
-    bias = torch.zeros_like(entries[:, None, :, 0]) if cosine else entries.square().sum(-1)[:, None] * -0.5
-    step = max(1, SCORES * (32 if x.is_cuda else 1) // (entries.shape[0] * entries.shape[1]))
-    labels, scores = torch.empty(x.shape[:2], dtype=torch.int64, device=x.device), x.new_empty(x.shape[:2])
-    for begin in range(0, x.shape[1], step):
-        rows = slice(begin, begin + step)
-        torch.max(torch.baddbmm(bias, x[:, rows], entries.mT), -1, out=(scores[:, rows], labels[:, rows]))
+    rounded = entries.to(x.dtype).float()
+    bias = torch.zeros_like(rounded[..., 0]) if cosine else rounded.square().sum(-1) * -0.5
+    if x.is_cuda:
+        from kernels import kmeans_triton
+
+        return kmeans_triton.nearest(x, entries, bias)
+    if x.shape[1] < FEW:
+        scores, labels = torch.baddbmm(bias[:, None], x, entries.mT).max(-1)
+        return labels, scores
+    labels, scores = torch.empty(x.shape[:2], dtype=torch.int64), x.new_empty(x.shape[:2])
+    step = LANES * max(1, SCORES // (LANES * entries.shape[1]))
+    for group, (own, table, offset) in enumerate(zip(x, entries, bias, strict=True)):
+        for begin in range(0, x.shape[1], step):
+            rows = slice(begin, begin + step)
+            labels[group, rows], scores[group, rows] = _nearest(own[rows], table, offset)
     return labels, scores
 
 
 def sums(x: Tensor, weights: Tensor, labels: Tensor, entries: int) -> tuple[Tensor, Tensor]:
-    """Per entry, the summed weight [G, K] and the weighted sum of its members [G, K, D], in float32.
+    """Per entry, the summed weight [..., G, K] and the weighted sum of its members [..., G, K, D], in float32.
 
-    x [G, N, D], weights [G, N], labels [G, N] int64.
+    x [G, N, D], labels [G, N] integers, weights [G, N] or several weightings [S, G, N] of the same members (S = 1 or 2 on CUDA).
+    Equal inputs give equal bits: members are added in the order of a stable sort, never by atomics.
     """
-    # Atomic additions would make two calibrations with one seed differ, so a GPU multiplies by the one-hot matrix.
-    return (_sums_one_hot if x.is_cuda else _sums_scatter)(x, weights, labels, entries)
+    several = weights.reshape(-1, *labels.shape)
+    if x.is_cuda:
+        from kernels import kmeans_triton
+
+        mass, total = kmeans_triton.sums(x, several, labels, entries)
+    else:
+        mass, total = _sums(x, several, labels, entries)
+    return mass.view(*weights.shape[:-1], entries), total.view(*weights.shape[:-1], entries, x.shape[2])
 
 
 def mean(x: Tensor, weights: Tensor, inverse: Tensor, labels: Tensor, entries: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,7 +80,7 @@ def mean(x: Tensor, weights: Tensor, inverse: Tensor, labels: Tensor, entries: T
     x [G, N, D], weights and inverse norms [G, N], labels [G, N], entries [G, K, D]; returns the new entries and their mass [G, K].
     """
     mass, total = sums(x, weights, labels, entries.shape[1])
-    means = total / mass.clamp_min(torch.finfo(x.dtype).tiny)[..., None]
+    means = total / mass.clamp_min(TINY)[..., None]
     return torch.where(mass[..., None] > 0, means, entries), mass
 
 
@@ -84,11 +107,11 @@ def start(x: Tensor, weights: Tensor, inverse: Tensor, entries: int, how: str, w
             length = total.norm(dim=-1, keepdim=True)
             shapes = torch.where(length > EPS, total / length.clamp_min(EPS), shapes)
     labels, projections = nearest(x, shapes, cosine=True)
-    common = (weights * projections).sum(1) / weights.sum(1).clamp_min(torch.finfo(x.dtype).tiny)
+    common = (weights * projections).sum(1) / weights.sum(1).clamp_min(TINY)
     if how == "equal_norm":
         return shapes * common.clamp_min(0)[:, None, None]
     mass, total = sums(projections[..., None], weights, labels, entries)
-    gains = torch.where(mass > 0, total[..., 0] / mass.clamp_min(torch.finfo(x.dtype).tiny), common[:, None])
+    gains = torch.where(mass > 0, total[..., 0] / mass.clamp_min(TINY), common[:, None])
     return shapes * gains.clamp_min(0)[..., None]
 
 
@@ -119,40 +142,44 @@ def cluster(
         raise ValueError(f"empty={empty!r} is unknown; choose reseed or keep.")
     if x.shape[1] < count:
         raise ValueError(f"{count} entries need at least {count} vectors to learn from, got {x.shape[1]}.")
-    groups = x.shape[0]
-    weights = torch.ones_like(x[..., 0]) if weights is None else weights
-    norms = x.norm(dim=-1)
+    x, unit = _compact(x)
+    weights = torch.ones(x.shape[:2], device=x.device) if weights is None else weights.float()
+    norms = x.norm(dim=-1, dtype=torch.float32)
     inverse = torch.where(norms > EPS * norms.amax(1, keepdim=True), 1 / norms, torch.zeros_like(norms))
-    centres = _start(x, weights, inverse, count, start, warmup, generator)
-    best, lowest, labels = centres.clone(), [float("inf")] * groups, None
+    data, squares = (x, weights, inverse), norms.square()
+    centres = _start(*data, count, start, warmup, generator)
+    labels, errors, facts = _assess(data, squares, centres)
+    groups = len(x)
+    best, lowest, units = centres.clone(), [float("inf")] * groups, unit.square().flatten().tolist()
     objective, reseeded, active = [[] for _ in range(groups)], [0] * groups, list(range(groups))
     for done in range(rounds + 1):
-        before = labels
-        labels, scores = nearest(x, centres)
-        errors = weights * (norms.square() - 2 * scores).clamp_min(0)
-        totals = errors.sum(1, dtype=torch.float64).tolist()
-        still = [done == 0 or bool((labels[i] != before[i]).any()) for i in range(len(active))]
-        for i, group in enumerate(active):
-            objective[group].append(totals[i])
-            gain = lowest[group] - totals[i]
+        still = [bool(moved) for moved in facts[1]]
+        for i, (group, total) in enumerate(zip(active, facts[0], strict=True)):
+            objective[group].append(total * units[group])
+            gain = lowest[group] - total
             if gain > 0:
-                best[group], lowest[group] = centres[i], totals[i]
-            if tolerance > 0 and done > 0 and gain <= tolerance * totals[i]:
+                best[group], lowest[group] = centres[i], total
+            if tolerance > 0 and done > 0 and gain <= tolerance * total:
                 still[i] = False
         if done == rounds or not any(still):
             break
         if not all(still):
             keep = torch.tensor([i for i, going in enumerate(still) if going], device=x.device)
             active = [active[i] for i in keep.tolist()]
-            x, weights, norms, inverse = x[keep], weights[keep], norms[keep], inverse[keep]
+            data, squares = tuple(part[keep] for part in data), squares[keep]
             labels, errors, centres = labels[keep], errors[keep], centres[keep]
-        centres, mass = update(x, weights, inverse, labels, centres)
-        if empty == "reseed":
-            draws = torch.rand(groups, count, generator=generator)[active].to(x.device)
-            centres, moved = _reseed(x, inverse, errors, centres, mass, draws)
-            for group, number in zip(active, moved, strict=True):
-                reseeded[group] += number
-    return Clustering(best, objective, reseeded)
+        centres, mass = update(*data, labels, centres)
+        # The next assignment is queued before anything is read back, so that a GPU does not wait; it is repeated if entries were empty.
+        holes = (mass <= 0) & (errors.sum(1, keepdim=True) > 0) & (empty == "reseed")
+        draws = torch.rand(groups, count, generator=generator)[active] if empty == "reseed" else None
+        before, old = labels, errors
+        labels, errors, facts = _assess(data, squares, centres, before, holes)
+        if any(facts[2]):
+            for group, number in zip(active, facts[2], strict=True):
+                reseeded[group] += int(number)
+            centres = _reseed(data[0], data[2], old, centres, mass, holes, draws.to(x.device))
+            labels, errors, facts = _assess(data, squares, centres, before)
+    return Clustering(best * unit, objective, reseeded)
 
 
 def kmeans(x: Tensor, count: int, weights: Tensor | None = None, *, start: str = "kmeans++", **options) -> Clustering:
@@ -163,29 +190,48 @@ def kmeans(x: Tensor, count: int, weights: Tensor | None = None, *, start: str =
 _start = start  # `cluster` has an argument of this name
 
 
-def _sums_scatter(x: Tensor, weights: Tensor, labels: Tensor, entries: int) -> tuple[Tensor, Tensor]:
+def _nearest(x: Tensor, table: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    # MKL, which serves `linear`, keeps to 256-bit registers on AMD processors; oneDNN does not and takes half the time there.
+    product = torch.ops.mkldnn._linear_pointwise if torch.backends.mkldnn.is_available() else lambda x, weight, *_: linear(x, weight)
+    scores = product(table, x, None, "none", [], "").add_(bias[:, None])  # [K, n]
+    # A maximum with its index is scalar code in `max` but vector code, over `lanes` channels, in a channels-last pooling.
+    lanes = LANES if len(x) % LANES == 0 else len(x)
+    columns = scores.view(1, len(table), -1, lanes).permute(0, 3, 1, 2)
+    top, place = max_pool2d(columns, (len(table), 1), return_indices=True)
+    return (place[0, :, 0] // columns.shape[3]).T.flatten(), top[0, :, 0].T.flatten()
+
+
+def _sums(x: Tensor, weights: Tensor, labels: Tensor, entries: int) -> tuple[Tensor, Tensor]:
     groups, _, width = x.shape
     flat = (labels + torch.arange(groups)[:, None] * entries).flatten()
-    mass = x.new_zeros(groups * entries).index_add_(0, flat, weights.flatten())
-    total = x.new_zeros(groups * entries, width).index_add_(0, flat, (x * weights[..., None]).flatten(0, 1))
-    return mass.view(groups, entries), total.view(groups, entries, width)
+    members, order = flat.sort(stable=True)
+    bounds = torch.searchsorted(members, torch.arange(groups * entries))
+    mass = [torch.bincount(flat, row.flatten(), groups * entries) for row in weights]
+    # Rows of x are added in place by sorted position: no weighted copy of x, and parallel over entries.
+    total = [embedding_bag(order, x.reshape(-1, width), bounds, mode="sum", per_sample_weights=row.flatten()[order]) for row in weights]
+    return torch.stack(mass), torch.stack(total)
 
 
-def _sums_one_hot(x: Tensor, weights: Tensor, labels: Tensor, entries: int) -> tuple[Tensor, Tensor]:
-    groups, n, width = x.shape
-    mass, total = x.new_zeros(groups, entries), x.new_zeros(groups, entries, width)
-    step = max(1, SCORES * 32 // (groups * entries))
-    for begin in range(0, n, step):
-        rows = slice(begin, begin + step)
-        member = x.new_zeros(*labels[:, rows].shape, entries)
-        member.scatter_(2, labels[:, rows, None], weights[:, rows, None])
-        mass += member.sum(1)
-        total += member.mT @ x[:, rows]
-    return mass, total
+def _compact(x: Tensor) -> tuple[Tensor, Tensor]:
+    # float16 keeps the eleven bits of tf32 at half the bytes; a power of two per group keeps any range inside it, exactly.
+    if x.dtype != torch.float32 or not x.is_cuda:
+        return x, x.new_ones(len(x), 1, 1, dtype=torch.float32)
+    unit = torch.exp2(x.abs().amax((1, 2), keepdim=True).clamp_min(TINY).log2().ceil() - 12)
+    return (x / unit).half(), unit
+
+
+def _assess(data: tuple[Tensor, ...], squares: Tensor, centres: Tensor, before: Tensor | None = None, holes: Tensor | None = None):
+    """Labels, weighted squared errors [G, N], and lists of [total error, labels that changed, empty entries] per group."""
+    labels, scores = nearest(data[0], centres)
+    errors = data[1] * (squares - 2 * scores).clamp_min(0)
+    totals = errors.sum(1, dtype=torch.float64)
+    changed = torch.ones_like(totals) if before is None else (labels != before).sum(1)
+    empty = torch.zeros_like(totals) if holes is None else holes.sum(1)
+    return labels, errors, torch.stack([totals, changed.double(), empty.double()]).tolist()
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:
-    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1])).float()
 
 
 def _draw(mass: Tensor, uniform: Tensor) -> Tensor:
@@ -198,6 +244,7 @@ def _plusplus(x: Tensor, weights: Tensor, entries: int, generator: torch.Generat
     if x.shape[1] > SEEDING * entries:
         sample = torch.randperm(x.shape[1], generator=generator)[: SEEDING * entries].to(x.device)
         x, weights = x[:, sample], weights[:, sample]
+    x = x.float()
     uniform = torch.rand(entries, x.shape[0], 1, generator=generator).to(x.device)
     squares = x.square().sum(-1)
     distance, chosen = torch.full_like(squares, torch.inf), []
@@ -209,12 +256,8 @@ def _plusplus(x: Tensor, weights: Tensor, entries: int, generator: torch.Generat
     return torch.cat(chosen, 1)
 
 
-def _reseed(x: Tensor, inverse: Tensor, errors: Tensor, centres: Tensor, mass: Tensor, draws: Tensor) -> tuple[Tensor, list[int]]:
-    hole = (mass <= 0) & (errors.sum(1, keepdim=True) > 0)
-    counts = hole.sum(1).tolist()
-    if not any(counts):
-        return centres, counts
+def _reseed(x: Tensor, inverse: Tensor, errors: Tensor, centres: Tensor, mass: Tensor, holes: Tensor, draws: Tensor) -> Tensor:
     chosen = _draw(errors, draws)
     gains = centres.norm(dim=-1).masked_fill(mass <= 0, torch.nan).nanmedian(1).values
     fresh = _take(x, chosen) * (_take(inverse[..., None], chosen) * gains[:, None, None])
-    return torch.where(hole[..., None], fresh, centres), counts
+    return torch.where(holes[..., None], fresh, centres)

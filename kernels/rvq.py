@@ -3,7 +3,9 @@
 import torch
 from torch import Tensor
 
-from kernels.kmeans import SCORES, nearest
+from kernels.kmeans import nearest
+
+SCORES = 2**21  # partial sums times entries that a beam holds at once on a CPU; a GPU gets 32 times as many
 
 
 def encode(x: Tensor, codebooks: Tensor, beam: int = 1) -> Tensor:
@@ -12,14 +14,14 @@ def encode(x: Tensor, codebooks: Tensor, beam: int = 1) -> Tensor:
     beam=1 takes the nearest entry stage by stage. A wider beam keeps the `beam` best partial sums of every vector after each stage
     and returns the best whole sum; time grows in proportion, decoding does not change.
     """
+    if beam == 1:
+        return _greedy(x.float(), codebooks)
     stages, entries = codebooks.shape[1:3]
     codes = torch.empty(*x.shape[:2], stages, dtype=torch.int64, device=x.device)
-    # A beam's chunk shrinks with its width; a greedy chunk is bounded inside `nearest`, and by its own copy of x here.
     step = max(1, SCORES * (32 if x.is_cuda else 1) // (x.shape[0] * max(beam * entries, x.shape[2])))
     for begin in range(0, x.shape[1], step):
         rows = slice(begin, begin + step)
-        search = _greedy if beam == 1 else _beam
-        codes[:, rows] = search(x[:, rows].float(), codebooks, beam)
+        codes[:, rows] = _beam(x[:, rows].float(), codebooks, beam)
     return codes
 
 
@@ -41,7 +43,7 @@ def rows_of(codebook: Tensor, codes: Tensor) -> Tensor:
     return codebook.reshape(-1, width).index_select(0, flat.flatten()).view(*codes.shape, width).float()
 
 
-def _greedy(rest: Tensor, codebooks: Tensor, beam: int) -> Tensor:
+def _greedy(rest: Tensor, codebooks: Tensor) -> Tensor:
     codes = []
     for stage in range(codebooks.shape[1]):
         table = codebooks[:, stage].float()

@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 
-import kernels.kmeans as kmeans_module
 from kernels.kmeans import STARTS, cluster, kmeans, mean, nearest, start, sums
 
 
@@ -56,12 +55,25 @@ def test_lloyd_step_and_captured_energy():
     torch.testing.assert_close(lost + kept, (weights * x.square().sum(-1)).sum(1), rtol=1e-4, atol=0)
 
 
-def test_both_ways_of_summing_agree(monkeypatch):
-    x, weights = blobs(), torch.rand(2, 600, generator=seeded(2))
+def test_several_weightings_of_one_labelling():
+    x, weights = blobs(), torch.rand(3, 2, 600, generator=seeded(2))
     labels, _ = nearest(x, x[:, :7])
-    monkeypatch.setattr(kmeans_module, "SCORES", 20)
-    for scattered, product in zip(kmeans_module._sums_scatter(x, weights, labels, 7), kmeans_module._sums_one_hot(x, weights, labels, 7), strict=True):
-        torch.testing.assert_close(scattered, product, rtol=1e-4, atol=1e-4)
+    labels[labels == 5] = 6  # an entry without members
+    mass, total = sums(x, weights, labels, 7)
+    member = torch.nn.functional.one_hot(labels, 7).float()
+    torch.testing.assert_close(mass, torch.einsum("sgn,gnk->sgk", weights, member))
+    torch.testing.assert_close(total, torch.einsum("sgn,gnk,gnd->sgkd", weights, member, x), rtol=1e-4, atol=1e-4)
+    assert (total[:, :, 5] == 0).all()
+    for one, both in zip(sums(x, weights[1], labels, 7), (mass, total), strict=True):
+        assert torch.equal(one, both[1])
+
+
+def test_few_vectors_are_assigned_like_many():
+    x, entries = blobs(), blobs(n=33, seed=1)
+    labels, scores = nearest(x, entries)
+    few = nearest(x[:, :5], entries)
+    assert torch.equal(few[0], labels[:, :5])
+    torch.testing.assert_close(few[1], scores[:, :5])
 
 
 def test_without_tolerance_a_rise_does_not_stop_the_rounds():
