@@ -1,5 +1,6 @@
 """Calibration: text in, fitted codecs out. Layers are processed in groups that fit a memory budget, so no model-sized dump exists."""
 
+import functools
 import gzip
 import hashlib
 from collections.abc import Callable
@@ -52,14 +53,20 @@ def content(source: str) -> str:
 
 def windows(tokenizer, source: str, count: int, length: int, offset: int = 0) -> list[Tensor]:
     """`count` windows of `length` tokens, one after the other from token `offset`. Raises Refusal if the text is too short."""
-    ids = tokenizer(text(source), add_special_tokens=False, return_tensors="pt", verbose=False).input_ids[0]
+    ids = _tokens(tokenizer, source, content(source))
     available = (len(ids) - offset) // length
     if available < count:
         raise Refusal(
             f"The text '{source}' gives {max(available, 0)} windows of {length} tokens from token {offset}, {count} were asked for; "
             "lower the number or the length, or give more text."
         )
-    return list(ids[offset : offset + count * length].reshape(count, length))
+    return list(ids[offset : offset + count * length].reshape(count, length).clone())
+
+
+@functools.lru_cache(maxsize=4)
+def _tokens(tokenizer, source: str, content: str) -> Tensor:
+    """Token ids of a whole text, kept: a sweep asks for the same text in every cell."""
+    return tokenizer(text(source), add_special_tokens=False, return_tensors="pt", verbose=False).input_ids[0]
 
 
 def fit(model, samples: list[Tensor], make_key: Make, make_value: Make, *, seed: int, memory_gb: float, batch_size: int = 1) -> list[tuple]:
