@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gsrq.gskm import gskm
+from gsrq.refine import refit
 from gsrq.weights import KINDS, weigh
 from kernels import bitpack, rvq
 from kernels.kmeans import Clustering, nearest
@@ -27,6 +28,7 @@ class GSRQ(nn.Module):
     piece, the piece is the whole width, with stages for the same bits. entries: K, a power of two.
     cluster: the clustering primitive, called as cluster(x [M, N, D], entries, weights [M, N] or None, generator=...).
     weights: log, raw or none (log and raw need gradients); tau: strength of the log weights. beam: partial sums kept while encoding.
+    refine: joint refits of all stages after stage-wise training (`gsrq.refine`, ours; 0 in the paper).
     space: whether keys are coded before ("pre") or after ("post") RoPE. Raises ValueError with the valid choices.
     After :meth:`fit`, `log` holds one dict per stage (rounds, re-seeded entries, relative error, occupancy entropy, per piece).
     """
@@ -44,6 +46,7 @@ class GSRQ(nn.Module):
         weights: str = "none",
         tau: float = 1.0,
         beam: int = 1,
+        refine: int = 0,
         space: str = "pre",
         seed: int = 0,
     ):
@@ -56,12 +59,14 @@ class GSRQ(nn.Module):
             raise ValueError(f"beam={beam} must be an integer from 1 (greedy) to 64.")
         if space not in ("pre", "post"):
             raise ValueError(f"space={space!r} is unknown; choose pre or post.")
+        if refine < 0 or refine != int(refine):
+            raise ValueError(f"refine={refine} must be a whole number of rounds from 0 on.")
         if tau <= 0:
             raise ValueError(f"tau={tau} must be positive.")
         self.code_bits = entries.bit_length() - 1
         self.piece, self.stages = _shape(float(bits), piece, stages, self.code_bits)
         self.nominal, self.entries, self.cluster, self.weights, self.tau = float(bits), entries, cluster, weights, tau
-        self.beam, self.space, self.seed = beam, space, seed
+        self.beam, self.refine, self.space, self.seed = beam, int(refine), space, seed
         self.grad_group = None if weights == "none" else math.gcd(GRAD_GROUP, self.piece)
         self.log: list[dict[str, list[float]]] = []
         self.register_buffer("codebooks", None)  # [M, R, K, D] fp16, in units of `scale`
@@ -104,7 +109,8 @@ class GSRQ(nn.Module):
             raise ValueError(f"{self.entries} entries need at least {self.entries} calibration vectors, got {n}.")
         self.scale = _power_of_two(x.square().mean().sqrt())
         self.heads = torch.tensor(heads, dtype=torch.int32, device=x.device)
-        rest = _cut((x / self.scale)[None], piece)
+        whole = _cut((x / self.scale)[None], piece)
+        rest = whole.clone() if self.refine else whole
         weights = weigh(calibration.grads, rest.shape[0], self.weights, self.tau) if self.weights != "none" else None
         if weights is not None:
             weights = weights.to(x.device)
@@ -127,13 +133,17 @@ class GSRQ(nn.Module):
                 }
             )
         self.codebooks = torch.stack(books, 1)
+        for _ in range(self.refine):
+            self.codebooks = refit(whole, weights, self.codebooks, self.beam).half()
         return self
 
     def adopt(self, finer: dict[str, Tensor]) -> bool:
         """Take the first stages from the buffers of a finer fit with the same options; False if it has too few or other pieces.
 
-        Stages are learned in order, so these are the very codebooks that `fit` would return.
+        Stages are learned in order, so these are the very codebooks that `fit` would return; refits are not, and are never cut.
         """
+        if self.refine:
+            return False
         books, heads = finer["codebooks"], int(finer["heads"])
         piece, stages = self.check(heads, books.shape[0] * books.shape[3] // heads)
         if books.shape[3] != piece or books.shape[1] < stages:
