@@ -6,10 +6,13 @@ import json
 import math
 import os
 import subprocess
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from kvq.errors import Refusal
 
@@ -21,6 +24,10 @@ COLUMNS = {
 }  # fmt: skip
 """Column name to dtype. bits: the label; bits_stored: codes and per-token side data as held, per value coded; bits_total: everything
 held for one sequence (codebooks and exact tokens included), per value cached. `config` is the resolved JSON of the run."""
+
+
+DIGEST = b"kvq.digest"
+"""Key of the rows' hash in a file's metadata; committed files of earlier versions have none."""
 
 
 def run_id(identity: Mapping) -> str:
@@ -49,14 +56,21 @@ def write(rows: list[dict], path: Path) -> pd.DataFrame:
             raise ValueError(f"Column {column} is not finite for metric {bad.metric.iloc[0]} of subset {bad.subset.iloc[0]}; nothing was written.")
     if ((frame.quant != "fp16") & (frame.encoded_tokens <= 0)).any():
         raise ValueError(f"No token was encoded under quant={frame.quant.iloc[0]}: the score would be fp16 under another name; nothing was written.")
-    replace(path, lambda temporary: frame.to_parquet(temporary, index=False))
+    table = pa.Table.from_pandas(frame, preserve_index=False)
+    table = table.replace_schema_metadata({**table.schema.metadata, DIGEST: _digest(frame)})
+    replace(path, lambda temporary: pq.write_table(table, temporary, write_page_checksum=True))
     return frame
+
+
+def _digest(frame: pd.DataFrame) -> bytes:
+    """Hash of every value as it is read back."""
+    return hashlib.sha256(frame.to_csv(index=False).encode()).hexdigest().encode()
 
 
 def replace(path: Path, save) -> None:
     """Call save(temporary path) and rename onto `path`, so that a reader sees the old file, the new one, or none."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")  # process ids repeat from machine to machine
     try:
         save(temporary)
         os.replace(temporary, path)
@@ -67,9 +81,13 @@ def replace(path: Path, save) -> None:
 def read(path: Path) -> pd.DataFrame:
     """One run's rows. Raises Refusal if the file is damaged or of another schema."""
     try:
-        frame = pd.read_parquet(path)
+        table = pq.ParquetFile(path, page_checksum_verification=True).read()
+        frame = table.to_pandas()
     except Exception as error:
         raise Refusal(f"{path} is not a readable result file ({type(error).__name__}); delete it and run the cell again.") from error
+    kept = (table.schema.metadata or {}).get(DIGEST)
+    if kept is not None and kept != _digest(frame):
+        raise Refusal(f"{path} is not what was written (its digest does not match); delete it and run the cell again.")
     if list(frame.columns) != list(COLUMNS):
         raise Refusal(f"{path} has other columns than this version writes; delete it and run the cell again.")
     return frame

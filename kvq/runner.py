@@ -230,7 +230,8 @@ def _samples(cell: Cell, model, tokenizer) -> list[torch.Tensor]:
 
 
 def _bind(cell: Cell, model, tokenizer, codecs) -> models.LM:
-    options = {"sink": cell.cfg.quant.sink, "window": cell.cfg.quant.window, "prefill": cell.identity["prefill"], "memo": cell.cfg.memo, "attention": "reference" if cell.is_reference else cell.cfg.attention}
+    options = {"sink": cell.cfg.quant.sink, "window": cell.cfg.quant.window, "prefill": cell.identity["prefill"], "memo": cell.cfg.memo}
+    options["attention"] = "reference" if cell.is_reference else cell.cfg.attention
     plain = models.LM(model, tokenizer, cell.choices["model"], _plain(model))
     return models.LM(model, tokenizer, cell.choices["model"], codecs, reference=plain, **options)
 
