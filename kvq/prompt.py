@@ -1,6 +1,7 @@
 """From a prompt text to token ids that fit: middle truncation, chat template, stop tokens, left-padded batches."""
 
 import torch
+from jinja2.exceptions import TemplateError
 from torch import Tensor
 from transformers import StoppingCriteria
 
@@ -10,17 +11,18 @@ from kvq.errors import Refusal
 # Llama-3-8B-Instruct without <|eot_id|> runs on to the length limit and scores near zero.
 TURN_ENDS = (
     "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|im_end|>", "<|endoftext|>", "<end_of_turn>", "<|end|>", "<|return|>",
-    "<|END_OF_TURN_TOKEN|>", "<|end_of_turn|>", "<|endofturn|>", "<|user|>", "<｜end▁of▁sentence｜>",
+    "<|END_OF_TURN_TOKEN|>", "<|end_of_turn|>", "<|endofturn|>", "[|endofturn|]", "<|user|>", "<|observation|>", "<｜end▁of▁sentence｜>",
+    "<|eot|>", "<|eom|>", "<|EOT|>", "<|call|>",
 )  # fmt: skip
 
 
 def stop_ids(lm) -> list[int]:
-    """Ids that end generation: of the model's generation config, of the tokenizer, and the turn ends in its vocabulary."""
+    """Ids that end generation: of the model's generation config, of the tokenizer, of its chat template, and the turn ends in its vocabulary."""
     tokenizer = lm.tokenizer
     config = getattr(lm.model, "generation_config", None)
     found = getattr(config, "eos_token_id", None)
     ids = list(found) if isinstance(found, (list, tuple)) else [found]
-    ids.append(tokenizer.eos_token_id)
+    ids += [tokenizer.eos_token_id, _template_end(tokenizer)]
     for token in TURN_ENDS:
         index = tokenizer.convert_tokens_to_ids(token)
         if index is not None and index != tokenizer.unk_token_id:
@@ -29,6 +31,20 @@ def stop_ids(lm) -> list[int]:
     if not unique:
         raise Refusal(f"{lm.name} names no end-of-text token: set eos_token_id in its generation_config.json.")
     return unique
+
+
+def _template_end(tokenizer) -> int | None:
+    """The special token that the chat template writes behind an assistant's turn, if it writes one at once."""
+    if not tokenizer.chat_template:
+        return None
+    mark, turns = "answer", [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+    try:
+        behind = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(mark)[2].lstrip()
+    except TemplateError:  # templates may insist on a system turn or on tools
+        return None
+    ids = tokenizer(behind, add_special_tokens=False, verbose=False)["input_ids"]
+    special = set(tokenizer.all_special_ids) - {tokenizer.bos_token_id}
+    return ids[0] if ids and ids[0] in special else None
 
 
 def render(tokenizer, text: str, chat: bool, thinking: bool = False) -> list[int]:

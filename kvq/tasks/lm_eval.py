@@ -1,7 +1,7 @@
 """Any task of lm-eval by name, scored example by example on the quantized cache, so that a stopped run resumes.
 
 Prompts, shots, filters and metrics are lm-eval's. A record holds every metric that lm-eval averages over examples, in lm-eval's unit
-(mostly 0 to 1), and `score`, in percent: 100 times acc_norm where the task has it, else its first metric.
+(mostly 0 to 1), and `score`, in percent: 100 times the metric chosen, else acc_norm where the task has it, else its first metric.
 """
 
 import hashlib
@@ -10,9 +10,10 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-from kvq import batches
+from kvq import batches, taskdata
 from kvq.errors import Refusal
 from kvq.records import Example, Record
+from kvq.taskdata import EMBEDDED
 
 ONE_PASS = ("loglikelihood", "multiple_choice")
 OFFLINE = (
@@ -26,9 +27,10 @@ class LMEval:
     """tasks: names of lm-eval tasks, groups or tags. num_fewshot: one number, or {name: number} (null: the task's own).
 
     A group that lm-eval averages over examples (mmlu) is one subset; of any other group or tag each task is a subset.
-    data: `hub`, or a folder with <task>/<split>.jsonl or .parquet. include_path: folder with task YAMLs of your own.
-    fewshot_seed: draws the shots (1234 is lm-eval's) and the prompts of tasks that make their own. chat: wrap prompts in the chat
-    template. metadata: what such tasks ask for (RULER: max_seq_lengths, tokenizer). needs: hub data sets that tasks load by themselves.
+    data: `hub`, `embedded` (those of the tasks that kvq.taskdata makes), or a folder with <task>/<split>.jsonl or .parquet. include_path: folder with task YAMLs of your own.
+    fewshot_seed: draws the shots (1234 is lm-eval's) and the prompts of tasks that make their own. seed: of the embedded data. chat: wrap
+    prompts in the chat template. metadata: what tasks that make their own prompts ask for (RULER: max_seq_lengths, tokenizer). needs:
+    {task: hub data set that it loads by itself}. score: the metric that is the score, for example exact_match/flexible-extract.
     Raises Refusal on unknown names.
     """
 
@@ -37,7 +39,7 @@ class LMEval:
 
     def __init__(
         self, tasks, num_fewshot=None, limit=None, batch_size=1, data="hub", include_path=None, chat=False, max_new_tokens=None,
-        fewshot_seed=1234, chunk=None, metadata=None, needs=(),
+        fewshot_seed=1234, chunk=None, metadata=None, needs=None, seed=0, score=None,
     ):  # fmt: skip
         from kvq.lmeval import manager
         from kvq.models import folder
@@ -45,20 +47,22 @@ class LMEval:
         self.names = [tasks] if isinstance(tasks, str) else list(tasks or [])
         if not self.names:
             raise Refusal("task=lm_eval needs task.tasks=[<names of lm-eval tasks>], for example task.tasks=[arc_easy,piqa].")
-        if data == "embedded":
-            raise Refusal("lm-eval's tasks have no embedded data: use task.data=hub or a folder, or task=choices, which is embedded multiple choice.")
         batches.check(batch_size)
         self.num_fewshot, self.limit, self.batch_size, self.data = num_fewshot, limit, batch_size, str(data)
         self.chat, self.max_new_tokens, self.fewshot_seed, self.chunk = chat, max_new_tokens, fewshot_seed, chunk
         if include_path and not Path(include_path).is_dir():
             raise Refusal(f"task.include_path={include_path} is not a folder.")
-        self.needs, metadata = list(needs or ()), dict(metadata or {})
+        asked = self.names
+        if self.data == "embedded" and any(name in EMBEDDED for name in asked):
+            self.names = [name for name in asked if name in EMBEDDED]
+        self.needs, metadata, self.seed, self.score = dict(needs or {}), dict(metadata or {}), seed, score
         if "tokenizer" in metadata:
             metadata["tokenizer"] = str(folder(metadata["tokenizer"]) or metadata["tokenizer"])
+        self.metadata = metadata
         self.manager = manager(tuple(self.names), include_path, json.dumps(metadata, sort_keys=True))
         self.leaves = {name: _leaves(self.manager.task_index, name) for name in self.names}
         named = list(num_fewshot) if isinstance(num_fewshot, dict) else []
-        if unknown := [name for name in named if name not in self.names]:
+        if unknown := [name for name in named if name not in asked]:
             raise Refusal(f"task.num_fewshot names {', '.join(unknown)}, which task.tasks does not hold.")
         self.subset_of, self.categories = {}, {}
         for name, leaves in self.leaves.items():
@@ -73,6 +77,12 @@ class LMEval:
         self.one_pass = any(kind in ONE_PASS for kind in kinds.values())
         self._tasks: dict = {}
 
+    def fits(self, max_length: int, name: str) -> None:
+        """Raise Refusal if prompts or answers are asked for that a model of `max_length` tokens cannot hold."""
+        for option, tokens in (("metadata.max_seq_lengths", max(self.metadata.get("max_seq_lengths", [0]))), ("max_new_tokens", (self.max_new_tokens or 0) + 1)):
+            if tokens > max_length:
+                raise Refusal(f"task.{option} asks for more than the {max_length} tokens that {name} holds: lower it.")
+
     def check(self) -> None:
         """Load the data before any model: raises Refusal for a missing folder, file, split, or network."""
         if self._tasks:
@@ -85,7 +95,7 @@ class LMEval:
                 path = cfg.get("dataset_path")
                 if path and path not in LOADERS and not Path(path).exists() and path not in sources:
                     sources[path] = hub_revision(path, f"It is the data of {leaf}. {OFFLINE}")[0]
-            for path in self.needs:
+            for path in {path for leaf, path in self.needs.items() if leaf in self.subset_of}:
                 sources[path] = hub_revision(path, OFFLINE.split(", or")[0] + ".")[0]
         for name in self.names:
             self._load(name, sources)
@@ -161,7 +171,9 @@ class LMEval:
                     metrics[name if number == 0 else f"{name}/{key}"] = float(value)
             if number == 0:
                 prediction = answers
-        main = "acc_norm" if "acc_norm" in metrics else next(iter(metrics))
+        main = self.score or ("acc_norm" if "acc_norm" in metrics else next(iter(metrics)))
+        if main not in metrics:
+            raise Refusal(f"{leaf} has no metric {main}; task.score is one of {', '.join(metrics)}, or null.")
         cut = any(request.arguments[0] in adapter.truncated for request in requests)
         return {
             "id": example.id, "subset": example.subset, "metrics": {"score": 100 * metrics[main], **metrics},
@@ -184,22 +196,35 @@ class LMEval:
         task.set_config("num_fewshot", own or 0 if asked is None else asked)
 
     def _load(self, name: str, sources: dict) -> None:
-        from kvq.lmeval import load_task, quiet, seeded, task_config
+        from kvq.lmeval import load_task, quiet, task_config
 
-        if self.data != "hub":
-            for leaf in self.leaves[name]:
-                config = dict(task_config(self.manager.task_index[leaf].yaml_path))
-                self._tasks[leaf] = load_task(config, _splits(Path(self.data).expanduser(), leaf, config, sources))
-            return
-        try:
-            with quiet(), seeded(self.fewshot_seed):
-                loaded = self.manager.load([name])["tasks"]
-        except (ImportError, LookupError, OSError, ValueError) as error:
-            raise Refusal(f"lm-eval's {name} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
-        self._tasks.update(loaded)
-        for leaf, task in loaded.items():
-            if not task.config.dataset_path:  # made on the spot: a changed draw must change the run's name
+        hub = []
+        for leaf, entry in ((leaf, self.manager.task_index[leaf]) for leaf in self.leaves[name]):
+            if self.leaves[name][leaf].get("custom_dataset"):
+                config = dict(task_config(entry.yaml_path))
+                config["metadata"] = {**(config.get("metadata") or {}), **self.metadata}
+                task = self._tasks[leaf] = load_task(config, taskdata.made(leaf, str(entry.yaml_path), json.dumps(self.metadata, sort_keys=True), self.fewshot_seed))
+                # A changed draw must change the run's name.
                 sources[leaf] = hashlib.sha256(json.dumps([_plain(list(doc.values())) for doc in task.eval_docs]).encode()).hexdigest()[:16]
+            elif self.data == "hub":
+                hub.append(leaf)
+            else:
+                config = dict(task_config(entry.yaml_path))
+                if self.data == "embedded":
+                    splits = taskdata.embedded(leaf, config, sources, self.seed)
+                else:
+                    splits = taskdata.of_folder(Path(self.data).expanduser(), leaf, config, sources, OFFLINE)
+                try:
+                    self._tasks[leaf] = load_task(config, splits)
+                except KeyError as error:
+                    raise Refusal(f"task.data={self.data}: the rows of {leaf} lack the column {error}. Give the task's upstream columns.") from error
+        if hub:
+            try:
+                with quiet():
+                    loaded = self.manager.load([name])["tasks"]
+            except (ImportError, LookupError, OSError, ValueError) as error:
+                raise Refusal(f"lm-eval's {name} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+            self._tasks.update({leaf: loaded[leaf] for leaf in hub})
 
 
 def _answer(task, adapter, requests) -> None:
@@ -247,31 +272,6 @@ def _pooled(config: dict | None) -> bool:
     metrics = (config or {}).get("aggregate_metric_list") or []
     metrics = [metrics] if isinstance(metrics, dict) else metrics
     return bool(metrics) and all(metric.get("weight_by_size", True) for metric in metrics)
-
-
-def _splits(folder: Path, leaf: str, config: dict, sources: dict) -> dict:
-    """{split: Dataset} from <folder>/<leaf>/<split>.jsonl or .parquet; splits that only shots need may be absent, then unset."""
-    from datasets import Dataset
-
-    from kvq.lmeval import find_file, read_file
-
-    if not (folder / leaf).is_dir():
-        raise Refusal(f"task.data={folder} has no folder {leaf}. {OFFLINE}")
-    scored = "test_split" if config.get("test_split") else "validation_split"
-    splits = {}
-    for role in ("training_split", "validation_split", "test_split", "fewshot_split"):
-        split = config.get(role)
-        if not split:
-            continue
-        file = find_file(folder / leaf, split)
-        if file:
-            splits[split] = Dataset.from_list(read_file(file))
-            sources[f"{leaf}/{split}"] = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
-        elif role == scored:
-            raise Refusal(f"{folder / leaf} has no {split}.jsonl or {split}.parquet, the split that {leaf} is scored on.")
-        else:
-            config[role] = None
-    return splits
 
 
 def _text(answers: list) -> str:

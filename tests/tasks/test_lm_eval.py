@@ -101,6 +101,13 @@ def test_score_is_percent_and_corpus_metrics_are_left_out(folder, lm):
     json.dumps([choice, likelihood, generate])
 
 
+def test_the_score_can_be_another_metric(folder, lm):
+    chosen = records(LMEval("kind_generate", include_path=str(folder), limit=3, score="exact_match/digits"), lm)
+    assert all(r["metrics"]["score"] == 100 * r["metrics"]["exact_match/digits"] for r in chosen.values())
+    with pytest.raises(Refusal, match="no metric f1; task.score is one of exact_match, exact_match/digits"):
+        records(LMEval("kind_generate", include_path=str(folder), limit=1, score="f1"), lm)
+
+
 def test_resuming_repeats_the_same_prompts(folder, lm):
     task = LMEval("kind_choice", num_fewshot=1, include_path=str(folder))
     whole = records(task, lm)
@@ -143,7 +150,8 @@ def test_data_from_a_folder(folder, lm, tmp_path):
     "options, sentence",
     [
         ({"tasks": []}, "task.tasks="),
-        ({"tasks": "piqa", "data": "embedded"}, "no embedded data"),
+        ({"tasks": "winogrande", "data": "embedded"}, "embedded data has no winogrande"),
+        ({"tasks": "piqa", "batch_size": "all"}, "or auto"),
         ({"tasks": "wikitext"}, "use task=perplexity"),
         ({"tasks": "piqa", "include_path": "/nowhere"}, "not a folder"),
         ({"tasks": "piqa", "num_fewshot": {"arc_easy": 3}}, "arc_easy"),
@@ -151,7 +159,7 @@ def test_data_from_a_folder(folder, lm, tmp_path):
 )
 def test_refusals_before_any_model(options, sentence):
     with pytest.raises(Refusal, match=sentence):
-        LMEval(**options)
+        LMEval(**options).check()
 
 
 def test_a_missing_data_folder_is_refused(tmp_path):
@@ -160,6 +168,51 @@ def test_a_missing_data_folder_is_refused(tmp_path):
     (tmp_path / "piqa").mkdir()
     with pytest.raises(Refusal, match="validation.jsonl"):
         LMEval("piqa", data=str(tmp_path)).check()
+
+
+@pytest.mark.parametrize(
+    "task, split, row, words",
+    [
+        ("piqa", "validation", {"goal": "x", "sol1": "a", "label": 0}, "lacks the column sol2"),
+        ("piqa", "validation", {"goal": "x", "sol1": "a", "sol2": "b"}, "lacks the column label"),
+        ("gsm8k", "test", {"question": "x"}, "lacks the column answer"),
+        ("hendrycks_math500", "test", {"problem": "x"}, "hendrycks_math500 lack the column 'solution'"),
+        ("piqa", "validation", None, "is empty"),
+    ],
+)
+def test_missing_columns_are_refused(task, split, row, words, tmp_path):
+    (tmp_path / task).mkdir()
+    (tmp_path / task / f"{split}.jsonl").write_text("" if row is None else json.dumps(row) + "\n")
+    with pytest.raises(Refusal, match=words):
+        LMEval(task, data=str(tmp_path)).check()
+
+
+def test_lengths_beyond_the_model_are_refused():
+    for options, words in (({"metadata": {"max_seq_lengths": [4096, 8192]}}, "metadata.max_seq_lengths"), ({"max_new_tokens": 2048}, "max_new_tokens")):
+        with pytest.raises(Refusal, match=words):
+            LMEval("piqa", **options).fits(2048, "tiny")
+        LMEval("piqa", **options).fits(16384, "large")
+
+
+@pytest.mark.parametrize("task, shots", [("gsm8k", 2), ("hendrycks_math500", 0), ("arc_challenge", 2), ("hellaswag", 1), ("piqa", 0)])
+def test_embedded_documents(task, shots):
+    lm = TinyLM(max_length=4096)
+    made = LMEval(task, num_fewshot=shots or None, data="embedded", limit=3, max_new_tokens=8)
+    found = records(made, lm)
+    assert len(found) == 3 and all(0 <= r["metrics"]["score"] <= 100 for r in found.values())
+    prompt = made.examples(lm)[0].payload[1][0].arguments[0]
+    splits = made._tasks[task].dataset
+    scored, others = ({json.dumps(row, sort_keys=True) for row in split} for split in (made._tasks[task].eval_docs, splits.get("train", [])))
+    assert not scored & others and len(scored) == 200 and len(prompt) > 50, "shots are other documents than those scored"
+    other = LMEval(task, data="embedded", seed=1)
+    again = LMEval(task, data="embedded")
+    other.check(), again.check()
+    assert made.content == again.content != other.content
+
+
+def test_embedded_fewshot_keeps_the_tasks_that_have_data():
+    task = LMEval(["arc_challenge", "winogrande", "piqa"], {"winogrande": 5, "arc_challenge": 1}, data="embedded")
+    assert task.names == ["arc_challenge", "piqa"]
 
 
 def test_an_answer_cap_beyond_the_model_is_refused(folder):

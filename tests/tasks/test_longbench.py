@@ -174,6 +174,22 @@ def test_stop_ids_join_config_tokenizer_and_family():
     assert until_stop([9, 8, 7, 5, 5], [1, 7]) == [9, 8]
 
 
+def test_the_end_of_a_turn_is_read_off_an_unknown_familys_template():
+    lm = TinyLM(max_length=64, specials=("<s>", "</s>", "<pad>", "<turn>", "<over>"))
+    assert stop_ids(lm) == [1]
+    lm.tokenizer.chat_template = "{% for m in messages %}<turn>{{ m.role }}\n{{ m.content }}\n<over>{% endfor %}"
+    assert stop_ids(lm) == [1, lm.tokenizer.convert_tokens_to_ids("<over>")]
+    for template in ("{{ bos_token }}{% for m in messages %}{{ m.content }} {% endfor %}", "{{ raise_exception('a system turn is needed') }}"):
+        lm.tokenizer.chat_template = template
+        assert stop_ids(lm) == [1]
+
+
+@pytest.mark.parametrize("family, ends", [("<|eot_id|>", 1), ("<|im_end|>", 1), ("<end_of_turn>", 1), ("<|return|>", 1), ("<｜end▁of▁sentence｜>", 1), ("<|im_start|>", 0)])
+def test_turn_ends_of_a_family_stop_though_its_config_omits_them(family, ends):
+    lm = TinyLM(max_length=64, specials=("<s>", "</s>", "<pad>", family))
+    assert (lm.tokenizer.convert_tokens_to_ids(family) in stop_ids(lm)) == ends
+
+
 def test_leading_newlines_are_dropped_unless_strict():
     assert first_line("\n\nPerson\nmore", strict=False) == "Person"
     assert first_line("\n\nPerson\nmore", strict=True) == ""
