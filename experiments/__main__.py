@@ -1,9 +1,10 @@
-"""make figures: draw every experiment from results/ alone. A figure is redrawn when its rows, its module or the style changed.
+"""make figures, make tables: from results/ alone, without torch. A figure is redrawn when its rows, its module or what modules share changed.
 
-An experiment module defines `rows(results) -> DataFrame` and `draw(rows) -> Figure`, and may define `table(rows) -> str` (Markdown);
-modules without `draw` are left alone. Figures go to results/figures, tables to results/tables.
+An experiment module defines `rows(results, model) -> DataFrame`, `draw(rows) -> Figure` and, or, `table(rows) -> tables.Table`. Every
+model with rows gets its own figure and table: <name> for the stand-in, <name>-<model> for others.
 """
 
+import argparse
 import hashlib
 import importlib
 import pkgutil
@@ -13,44 +14,54 @@ from pathlib import Path
 import pandas as pd
 
 import experiments
-from experiments import choice, style
+from experiments import choice, committed, reported, scores, style, tables
+
+SHARED = (choice, committed, reported, scores, style, tables)
 
 
 def digest(module, rows: pd.DataFrame) -> str:
-    """Hash of the rows, the drawing module and the style."""
+    """Hash of the rows, the drawing module and everything that modules share."""
     state = hashlib.sha256(pd.util.hash_pandas_object(rows.astype(str), index=False).to_numpy().tobytes())
-    for source in (module.__file__, style.__file__, choice.__file__):
-        state.update(Path(source).read_bytes())
+    for source in (module, *SHARED):
+        state.update(Path(source.__file__).read_bytes())
     return state.hexdigest()[:16]
 
 
-def main(results: Path = Path("results"), names: list[str] | None = None) -> int:
-    """Draw what changed; return 0. `names` restricts the experiments."""
+def modules(names: list[str] | None) -> list:
+    """The experiments, in alphabetical order; `names` restricts them."""
+    found = [m.name for m in pkgutil.iter_modules(experiments.__path__) if not m.name.startswith("_") and (not names or m.name in names)]
+    return [m for m in (importlib.import_module(f"experiments.{name}") for name in sorted(found)) if hasattr(m, "rows")]
+
+
+def main(results: Path = Path("results"), names: list[str] | None = None, figures: bool = True, texts: bool = True) -> int:
+    """Draw and write what changed; return 0."""
     style.setup()
     index = style.Index(results / "figures")
-    for found in sorted(pkgutil.iter_modules(experiments.__path__), key=lambda m: m.name):
-        if found.name.startswith("_") or (names and found.name not in names):
-            continue
-        module = importlib.import_module(f"experiments.{found.name}")
-        if not hasattr(module, "draw"):
-            continue
-        rows = module.rows(results)
-        if rows.empty:
-            print(f"{found.name}: no rows in {results} yet (python run.py experiment={found.name})")
-            continue
-        mark = digest(module, rows)
-        if index.current(found.name, mark):
-            print(f"{found.name}: unchanged")
-            continue
-        paths = style.save(module.draw(rows), found.name, results / "figures")
-        if hasattr(module, "table"):
-            paths.append(results / "tables" / f"{found.name}.md")
-            paths[-1].parent.mkdir(exist_ok=True)
-            paths[-1].write_text(module.table(rows))
-        index.note(found.name, mark)
-        print(f"{found.name}: drew {', '.join(str(p) for p in paths)}")
+    for module in modules(names):
+        name = module.__name__.rpartition(".")[2]
+        for model in committed.models(results):
+            rows = module.rows(results, model)
+            place = name if model == "standin" else f"{name}-{model}"
+            if rows.empty:
+                if model == "standin":
+                    print(f"{name}: no rows in {results} yet (python run.py experiment={name})")
+                continue
+            if texts and hasattr(module, "table"):
+                tables.save(module.table(rows), place, results / "tables")
+            if figures and hasattr(module, "draw"):
+                mark = digest(module, rows)
+                if index.current(place, mark):
+                    print(f"{place}: unchanged")
+                    continue
+                paths = style.save(module.draw(rows), place, results / "figures")
+                index.note(place, mark)
+                print(f"{place}: drew {', '.join(str(p) for p in paths)}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(names=sys.argv[1:] or None))
+    parser = argparse.ArgumentParser(prog="python -m experiments", description="Draw figures and write tables from results/.")
+    parser.add_argument("names", nargs="*", help="experiments; all if none is named")
+    parser.add_argument("--only", choices=("figures", "tables"), help="one of the two; both if not given")
+    chosen = parser.parse_args()
+    sys.exit(main(names=chosen.names or None, figures=chosen.only != "tables", texts=chosen.only != "figures"))

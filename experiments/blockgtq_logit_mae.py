@@ -1,87 +1,74 @@
-"""Block-GTQ against uniform TurboQuant-MSE on the logits of the keys (Block-GTQ Tables 1 and 11): layers and heads won, and what it costs in bytes.
+"""Block-GTQ Tables 1 and 11: logit error of the keys, Block-GTQ against uniform TQ-MSE: layers and heads won, and what it costs in bytes.
 
 Left: logit MAE per layer at equal code bits, the paper's comparison. Right: the same errors against *stored* bits, which include one norm
 per width group and head; the dashed line joins TQ-MSE's budgets, so a point below it is better at equal bytes.
 """
 
-import json
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 
-from experiments import choice, style
-from kvq import results as store
+from experiments import heads, reported, style
+from experiments.tables import Table
 
 METHODS = ("tq_mse", "blockgtq", "blockgtq_plus")
-PAPER = ("tq_mse", "blockgtq")
 
 
 def rows(results: Path = Path("results"), model: str = "standin") -> pd.DataFrame:
-    """One row per (method, bits, layer, KV head): logit_mae, kl, top10 and the run's stored bits; read from the runs' predictions."""
-    frame = store.load(results, model=model, task="attention", quant=list(METHODS))
-    if frame.empty:
-        return frame
-    found = []
-    for run in choice.default_runs(frame).drop_duplicates("run").itertuples():
-        for line in (results / "runs" / f"{run.run}.jsonl").read_text().splitlines():
-            record = json.loads(line)
-            found.append({"quant": run.quant, "bits": run.bits, "bits_stored": run.bits_stored, "seed": run.seed,
-                          "layer": int(record["subset"].split()[1]), "head": record["head"], **record["metrics"]})  # fmt: skip
-    return pd.DataFrame(found).sort_values(["quant", "bits", "seed", "layer", "head"], ignore_index=True)
-
-
-def wins(rows: pd.DataFrame) -> pd.DataFrame:
-    """Per budget: heads and layers where Block-GTQ has the lower error, of how many, and the mean reduction."""
-    wide = rows.pivot_table(index=["bits", "layer", "head"], columns="quant", values="logit_mae")
-    if not set(PAPER) <= set(wide.columns):
-        return pd.DataFrame(columns=["heads", "of_heads", "layers", "of_layers", "reduction"])
-    wide = wide.dropna(subset=list(PAPER))
-    heads = (wide.blockgtq < wide.tq_mse).groupby("bits").agg(["sum", "size"])
-    by_layer = wide.groupby(["bits", "layer"]).mean()
-    layers = (by_layer.blockgtq < by_layer.tq_mse).groupby("bits").agg(["sum", "size"])
-    mean = wide.groupby("bits").mean()
-    return pd.DataFrame({"heads": heads["sum"], "of_heads": heads["size"], "layers": layers["sum"], "of_layers": layers["size"],
-                         "reduction": 1 - mean.blockgtq / mean.tq_mse})  # fmt: skip
+    return heads.gather(results, model, "logit_mae", METHODS)
 
 
 def draw(rows: pd.DataFrame):
-    figure, (left, right) = plt.subplots(1, 2, figsize=(style.PAGE, 2.9))
-    for (quant, bits), part in rows.groupby(["quant", "bits"]):
-        by_layer = part.groupby("layer").logit_mae.mean()
-        line = ("-", "--", ":")[sorted(rows.bits.unique()).index(bits) % 3]
-        left.plot(by_layer.index, by_layer, color=style.color(quant), marker=style.marker(quant), linestyle=line, label=f"{style.label(quant)}, {bits:g} bits")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(style.PAGE, 2.7))
+    budgets = sorted(rows["key_bits"].unique())
+    for quant in METHODS:
+        for bits, line in zip(budgets, ("-", "--", ":", "-.")):
+            part = rows[(rows["quant"] == quant) & (rows["key_bits"] == bits)]
+            by_layer = part.groupby(["layer", "seed"])["logit_mae"].mean().groupby("layer").agg(["mean", "std"])
+            if len(by_layer):
+                style.points(left, by_layer.index, by_layer["mean"], by_layer["std"], quant, text=f"{style.label(quant)}, {bits:g} bits", line=line)
     left.set_xlabel("layer")
     left.set_ylabel("logit MAE (before softmax)")
-    left.set_ylim(bottom=0)
+    left.set_yscale("log")
+    left.yaxis.set_major_formatter(lambda v, _: f"{v:g}")
+    left.yaxis.set_minor_formatter(lambda v, _: f"{v:g}")
+    cells, ends = heads.means(rows, "logit_mae"), []
+    for quant in METHODS:
+        if quant in cells.index.get_level_values(0):
+            mine = cells.loc[quant]
+            style.points(right, mine.x, mine.y, mine.spread, quant, line="--" if quant == "tq_mse" else "none")
+            ends.append((float(mine.y.iloc[-1]), style.label(quant), style.color(quant)))
+    right.set_xlabel("stored bits per key value (codes and norms)")
+    right.set_ylabel("logit MAE, mean of heads")
+    right.set_yscale("log")
+    for formatter in (right.yaxis.set_major_formatter, right.yaxis.set_minor_formatter):
+        formatter(lambda v, _: f"{v:g}")
+    style.name_ends(right, ends)
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=3)
-    for quant, part in rows.groupby("quant"):
-        cells = part.groupby("bits").agg(x=("bits_stored", "mean"), y=("logit_mae", "mean"))
-        right.plot(cells.x, cells.y, color=style.color(quant), marker=style.marker(quant), linestyle="--" if quant == "tq_mse" else "none", label=style.label(quant))
-    right.set_xlabel("stored bits per key value (codes and norms)")
-    right.set_ylabel("logit MAE")
-    right.set_yscale("log")
-    right.yaxis.set_major_formatter(lambda v, _: f"{v:g}")
-    right.yaxis.set_minor_formatter(lambda v, _: f"{v:g}")
     return figure
 
 
-def table(rows: pd.DataFrame) -> str:
-    """Markdown: wins at equal code bits, and the error TQ-MSE would have at Block-GTQ's stored bytes (log-linear between its budgets)."""
-    import numpy as np
+def equal_bytes(cells: pd.DataFrame, bits: float) -> float:
+    """TQ-MSE's error at Block-GTQ's stored bits, log-linear between its budgets; NaN outside them."""
+    tq, ours = cells.loc["tq_mse"], cells.loc[("blockgtq", bits)]
+    return float(np.exp(np.interp(ours.x, tq.x, np.log(tq.y)))) if tq.x.min() <= ours.x <= tq.x.max() else float("nan")
 
-    lines = ["| code bits | layers won | heads won | reduction | TQ-MSE stored | Block-GTQ stored | MAE TQ-MSE | MAE Block-GTQ | MAE TQ-MSE at equal bytes |",
-             "|---" * 9 + "|"]  # fmt: skip
-    mean = rows.groupby(["quant", "bits"]).agg(x=("bits_stored", "mean"), y=("logit_mae", "mean"))
-    tq = mean.loc["tq_mse"]
-    for bits, won in wins(rows).iterrows():
-        ours, theirs = mean.loc[("blockgtq", bits)], tq.loc[bits]
-        equal = float(np.exp(np.interp(ours.x, tq.x, np.log(tq.y)))) if tq.x.min() <= ours.x <= tq.x.max() else float("nan")
-        beside = f"{equal:.3f}" if equal == equal else "outside the budgets run"
-        lines.append(f"| {bits:g} | {won.layers:.0f}/{won.of_layers:.0f} | {won.heads:.0f}/{won.of_heads:.0f} | {won.reduction:.1%} | {theirs.x:.3f} | {ours.x:.3f} "
-                     f"| {theirs.y:.3f} | {ours.y:.3f} | {beside} |")  # fmt: skip
-    for (quant, bits), cell in mean.iterrows():
-        if quant not in PAPER:
-            lines.append(f"| {bits:g}, {style.label(quant)} | | | {1 - cell.y / tq.y[bits]:.1%} | {tq.x[bits]:.3f} | {cell.x:.3f} | {tq.y[bits]:.3f} | {cell.y:.3f} | |")
-    return "\n".join(["Keys only, stand-in model, calibrated on training text, scored on one held-out sample of 2,048 tokens, one seed; equal bytes by log-linear interpolation. Generated by `make figures`.", "", *lines, ""])
+
+def table(rows: pd.DataFrame) -> Table:
+    cells, lines = heads.means(rows, "logit_mae"), []
+    for bits, won in heads.wins(rows, "logit_mae").iterrows():
+        ours, theirs = cells.loc[("blockgtq", bits)], cells.loc[("tq_mse", bits)]
+        lines.append({"code bits": bits, "layers won": f"{won.layers:.0f}/{won.of_layers:.0f}", "heads won": f"{won.heads:.0f}/{won.of_heads:.0f}", "reduction": f"{won.reduction:.1%}",
+                      "TQ-MSE stored": f"{theirs.x:.3f}", "Block-GTQ stored": f"{ours.x:.3f}", "MAE TQ-MSE": f"{theirs.y:.3f} ± {theirs.spread:.3f}",
+                      "MAE Block-GTQ": f"{ours.y:.3f} ± {ours.spread:.3f}", "MAE TQ-MSE at Block-GTQ's bytes": f"{equal_bytes(cells, bits):.3f}".replace("nan", "")})  # fmt: skip
+    caption = "Keys only; calibrated and scored on different texts; ± is the standard deviation over seeds (rotations). Equal bytes by log-linear interpolation."
+    plus = cells.loc["blockgtq_plus"].reset_index().round(3) if "blockgtq_plus" in cells.index.get_level_values(0) else pd.DataFrame()
+    made = Table(caption).add("", pd.DataFrame(lines))
+    if len(plus):
+        made.add("Block-GTQ+ (ours)", plus.rename(columns={"key_bits": "code bits", "x": "stored", "y": "MAE", "spread": "std"}))
+    paper = reported.table("blockgtq", "T1", "T11")
+    paper = paper[paper["metric"].isin(["rope_logit_mae", "mae_reduction", "layer_wins"])]
+    return made.add("Reported (Block-GTQ Tables 1 and 11)", paper.pivot_table(index=["model", "budget"], columns=["method"], values="value", sort=False, aggfunc="first").reset_index())

@@ -4,14 +4,15 @@
 `python run.py experiment=start_effect` those of the model: error per stage of keys and values, and loss.
 """
 
-import json
 import sys
 import time
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pandas as pd
 
-from experiments import choice, style
+from experiments import committed, stages, style
+from experiments.tables import Table, spread
 
 NAME = "start_effect.parquet"
 # arm: (update, start, options, colour, marker, label)
@@ -71,6 +72,89 @@ def compute(**sizes) -> pd.DataFrame:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return pd.DataFrame([row for kind in DATA for arm in ARMS for seed in SEEDS for row in one(kind, arm, seed, device=device, **sizes)])
+
+
+def rows(results: Path = Path("results"), model: str = "standin") -> pd.DataFrame:
+    """Long: where (data set, or keys, values, loss), arm, stage (bits for the loss), split, value, seed."""
+    parts = []
+    if (results / NAME).is_file() and model == "standin":
+        synthetic = pd.read_parquet(results / NAME)
+        parts.append(synthetic[synthetic["metric"] == "relative"].rename(columns={"data": "where"}))
+    found = stages.gather(results, model, ("km", "gskm"), ("mse",))
+    found = found[found["piece"].isna() & (found["bits"] == 1) & found["beam"].eq(1)]
+    if len(found):
+        found = found[found["samples"] == found["samples"].max()]
+        parts.append(found.assign(where=found["kind"] + "s", arm=found["quant"] + " " + found["start"], split=found["split"].replace("heldout", "held-out")))
+    loss = committed.load(results, model=model, task="perplexity", quant=["km", "gskm"], metric="loss_minus_fp16")
+    loss = committed.one_setting(committed.shipped(loss, ("key.cluster.start", "value.cluster.start")))
+    if len(loss):
+        start = committed.option(loss, "quant.key.cluster.start")
+        parts.append(loss.assign(where="loss", arm=loss["quant"] + " " + start, stage=loss["bits"], split="held-out"))
+    if not parts:
+        return pd.DataFrame()
+    return pd.concat(parts)[["where", "arm", "stage", "split", "value", "seed"]].assign(model=model).sort_values(["where", "arm", "stage", "split", "seed"], ignore_index=True)
+
+
+def draw(rows: pd.DataFrame):
+    """Held-out error relative to the spherical-start GSKM at every stage; last panel: loss. Mean and range over seeds."""
+    panels = [w for w in (*DATA, "keys", "values", "loss") if (rows["where"] == w).any()]
+    figure, axes = plt.subplots(1, len(panels), figsize=(style.PAGE, 2.6), squeeze=False)
+    for axis, where in zip(axes[0], panels):
+        part = rows[(rows["where"] == where) & (rows["split"] == "held-out")]
+        base = part[part["arm"] == "gskm spherical"].groupby("stage")["value"].mean()
+        budgets = sorted(part["stage"].unique())
+        for place, (arm, (_, _, _, colour, mark, text)) in enumerate(ARMS.items()):
+            mine = part[part["arm"] == arm]
+            if mine.empty:
+                continue
+            if where == "loss":
+                cells = mine.groupby("stage")["value"].agg(["mean", "min", "max"])
+                x = [budgets.index(b) + (place - 2.5) * 0.12 for b in cells.index]
+            else:
+                cells = mine.assign(value=100 * (mine["value"] / mine["stage"].map(base) - 1)).groupby("stage")["value"].agg(["mean", "min", "max"])
+                x = cells.index
+            bars = [cells["mean"] - cells["min"], cells["max"] - cells["mean"]]
+            axis.errorbar(x, cells["mean"], bars, color=colour, marker=mark, markersize=3.5, linestyle="none" if where == "loss" else "-", linewidth=0.9, capsize=1.5, elinewidth=0.7, label=text)
+        axis.set_title({"keys": "model, keys", "values": "model, values", "loss": "model, loss"}.get(where, where))
+        if where == "loss":
+            axis.set_xticks(range(len(budgets)), [f"{b:g}" for b in budgets])
+            axis.set_xlabel("bits per value")
+            axis.set_ylabel("loss above fp16 (nats)")
+            axis.set_yscale("log")
+            for formatter in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+                formatter(lambda v, _: f"{v:g}")
+        else:
+            axis.set_xlabel("stages")
+            axis.set_xscale("log", base=2)
+            axis.set_xticks([1, 2, 4, 8, 16], ["1", "2", "4", "8", "16"])
+            axis.minorticks_off()
+    axes[0][0].set_ylabel("held-out error above GSKM\nfrom a spherical start (percent)")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=3)
+    return figure
+
+
+def verdict(rows: pd.DataFrame) -> pd.DataFrame:
+    """Per place, at the last stage (or each budget): share of the gap from k-means++ to GSKM that the start closes, with its spread over seeds."""
+    lines = []
+    for where, part in rows[rows["split"] == "held-out"].groupby("where"):
+        for stage in sorted(part["stage"].unique()) if where == "loss" else [part["stage"].max()]:
+            wide = part[part["stage"] == stage].pivot_table(index="seed", columns="arm", values="value")
+            if not {"km kmeans++", "km spherical", "gskm spherical"} <= set(wide.columns):
+                continue
+            gap = wide["km kmeans++"] - wide["gskm spherical"]
+            by_start = (wide["km kmeans++"] - wide["km spherical"]) / gap
+            by_rule = (wide["km kmeans++"] - wide["gskm kmeans++"]) / gap if "gskm kmeans++" in wide else gap * float("nan")
+            lines.append({"where": where, "stage or bits": stage, "gap": spread(gap, digits=4), "closed by the start alone": spread(100 * by_start, digits=0) + " %",
+                          "closed by the update alone": spread(100 * by_rule.dropna(), digits=0) + " %", "seeds": len(gap.dropna())})  # fmt: skip
+    return pd.DataFrame(lines)
+
+
+def table(rows: pd.DataFrame) -> Table:
+    last = rows[(rows["split"] == "held-out") & ((rows["where"] == "loss") | (rows["stage"] == 16))]
+    wide = last.groupby(["where", "stage", "arm"])["value"].apply(lambda v: spread(v, digits=4)).unstack("arm").reindex(columns=list(ARMS)).reset_index().fillna("")
+    caption = f"Relative squared error held out after 16 stages ({WIDTH} channels, {ENTRIES} entries; white Gaussian, log-normal norms, the model's keys and values), loss above fp16 in nats; mean ± standard deviation over seeds."
+    return Table(caption).add("Which part of GSKM's gain over k-means++ is its start", verdict(rows)).add("All arms", wide)
 
 
 if __name__ == "__main__":

@@ -42,6 +42,40 @@ def marker(name: str) -> str:
     return MARKERS[known.index(name) % len(MARKERS)] if name in known else "o"
 
 
+def name_ends(axis, ends: list[tuple[float, str, str]], x: float = 1.02) -> None:
+    """Names beside the right edge at the heights (data y, text, colour) where lines end, pushed apart so that none overlap.
+
+    Call when the axis limits are final.
+    """
+    if not ends:
+        return
+    height = axis.get_position().height * axis.figure.get_figheight() * 72  # points, before the layout engine shrinks the axes
+    gap = min(8.0 / height, 1 / max(len(ends), 1))
+    to_axes = axis.transScale + axis.transLimits
+    placed: list[float] = []
+    for y, text, colour in sorted(ends, key=lambda e: (e[0], e[1])):
+        here = float(to_axes.transform((axis.get_xlim()[0], y))[1])
+        placed.append(max(here, placed[-1] + gap) if placed else here)
+    excess = max(0.0, placed[-1] - 1.0)
+    for (y, text, colour), here in zip(sorted(ends, key=lambda e: (e[0], e[1])), placed):
+        axis.annotate(text, (x, here - excess * (here / placed[-1] if placed[-1] else 0)), xycoords="axes fraction", color=colour, fontsize=6.5, va="center", annotation_clip=False)
+
+
+def points(axis, x, y, spread, name: str, *, text: str | None = None, line: str = "-", **keywords):
+    """One method's points with error bars in its own colour and marker; `spread` may hold NaN."""
+    bars = [0 if v != v else v for v in spread] if spread is not None else None
+    return axis.errorbar(x, y, yerr=bars, color=color(name), marker=marker(name), label=text or label(name), linestyle=line, capsize=2, elinewidth=0.8, **keywords)
+
+
+def plain_log(axis, which: str = "x", base: int = 2) -> None:
+    """A logarithmic axis with plain numbers at its ticks."""
+    (axis.set_xscale if which == "x" else axis.set_yscale)("log", base=base)
+    target = axis.xaxis if which == "x" else axis.yaxis
+    target.set_major_formatter(lambda v, _: f"{v:g}")
+    if base == 10:
+        target.set_minor_formatter(lambda v, _: "")
+
+
 def setup() -> None:
     """Matplotlib defaults of the repository."""
     plt.rcParams.update({

@@ -1,0 +1,84 @@
+"""Rows of results/ as the experiments read them: loaded once per process, of one model, of one setting, with options of the run as columns."""
+
+import functools
+import json
+from pathlib import Path
+
+import pandas as pd
+
+from experiments import choice
+from kvq import results as store
+
+
+@functools.lru_cache(maxsize=4)
+def _load(folder: Path, state: tuple) -> pd.DataFrame:
+    frame = store.load(folder)
+    runs = frame.drop_duplicates("run").set_index("run")["config"]
+    return frame.assign(options=frame["run"].map({run: json.loads(config) for run, config in runs.items()}))
+
+
+def load(results: Path, **where) -> pd.DataFrame:
+    """Rows under `results`/runs filtered by column values, with the parsed configuration in column `options`."""
+    files = sorted(Path(results).glob("runs/*.parquet"))
+    rows = _load(Path(results), tuple((f.name, f.stat().st_mtime_ns) for f in files))
+    for column, wanted in where.items():
+        rows = rows[rows[column].isin([wanted] if isinstance(wanted, str) else list(wanted))]
+    return rows
+
+
+def models(results: Path) -> list[str]:
+    """Models with rows, the stand-in first; the tiny random model is for tests."""
+    found = sorted(set(load(results)["model"]) - {"tiny", "standin"})
+    return ["standin", *found]
+
+
+def option(rows: pd.DataFrame, key: str, default=None) -> pd.Series:
+    """An option of each row's run by dotted key: option(rows, "quant.key.beam")."""
+
+    def find(options: dict):
+        for part in key.split("."):
+            if not isinstance(options, dict) or part not in options:
+                return default
+            options = options[part]
+        return options
+
+    return rows["options"].map(find)
+
+
+def one_setting(rows: pd.DataFrame) -> pd.DataFrame:
+    """Of each task the rows of one size: those with the task and calibration options that most runs have, fp16 rows of that task size beside them.
+
+    Runs of another size would be compared on other examples or codebooks; they stay in results/ and out of the figure.
+    """
+    if rows.empty:
+        return rows
+    kept = []
+    for _, part in rows.groupby("task"):
+        task, calib = (part["options"].map(lambda o, k=k: json.dumps(_size(o, k), sort_keys=True)) for k in ("task", "calib"))
+        runs = part.assign(_task=task, _calib=calib).drop_duplicates("run")
+        runs = runs[runs["quant"] != "fp16"] if (runs["quant"] != "fp16").any() else runs
+        best_task, best_calib = runs.groupby(["_task", "_calib"]).size().idxmax()
+        kept.append(part[(task == best_task) & ((calib == best_calib) | (part["calib"] == "none"))])
+    return pd.concat(kept)
+
+
+def _size(options: dict, group: str) -> dict:
+    return {k: v for k, v in options[group].items() if k not in ("batch_size", "memory_gb", "chunk", "train")}
+
+
+def shipped(rows: pd.DataFrame, allowed: tuple[str, ...] = ()) -> pd.DataFrame:
+    """Rows of runs whose quantizer has its shipped options but for `allowed` dotted keys, under the default prefill."""
+    runs = rows.drop_duplicates("run")
+    plain = {r.run for r in runs.itertuples() if set(choice.changes(r.quant, r.config)) <= set(allowed) and r.options["prefill"] == "quantized"}
+    return rows[rows["run"].isin(plain)]
+
+
+def records(results: Path, rows: pd.DataFrame, **columns) -> pd.DataFrame:
+    """Predictions of the runs in `rows`, one row per record: its own keys, its metrics, and quant, bits, seed and run of its run."""
+    found = []
+    for run in rows.drop_duplicates("run").itertuples():
+        mine = {name: getattr(run, name) for name in ("run", "quant", "bits", "bits_stored", "seed", *columns.values())}
+        for line in (Path(results) / "runs" / f"{run.run}.jsonl").read_text(encoding="utf-8").splitlines():
+            record = json.loads(line)
+            found.append({**{k: v for k, v in record.items() if k not in ("metrics", "usage")}, **record["metrics"], **mine})
+    return pd.DataFrame(found)
