@@ -225,7 +225,7 @@ def manager(names: tuple[str, ...], include_path: str | None = None, metadata: s
     """
     from lm_eval.tasks import TaskManager
 
-    folders = {library() / part for name in names for part in _folders(name) if (library() / part).is_dir()}
+    folders = {folder for folder in library().iterdir() if folder.is_dir() and any(_may_hold(folder.name, name) for name in names)}
     extra = [include_path] if include_path else []
     with quiet():
         found = TaskManager(include_defaults=False, include_path=[*sorted(map(str, folders)), *extra], metadata=json.loads(metadata))
@@ -239,10 +239,9 @@ def manager(names: tuple[str, ...], include_path: str | None = None, metadata: s
     return found
 
 
-def _folders(name: str) -> list[str]:
-    """Folders a task may live in, by its name: `truthfulqa_mc2` in truthfulqa, `arc_challenge` in arc."""
-    parts = name.split("_")
-    return ["_".join(parts[:n]) for n in range(1, len(parts) + 1)]
+def _may_hold(folder: str, name: str) -> bool:
+    """Whether a task may live in a folder, by their names: `truthfulqa_mc2` in truthfulqa, `hendrycks_math500` in hendrycks_math, RULER's needles in ruler."""
+    return name.startswith(folder) or (folder == "ruler" and name.startswith("niah_"))
 
 
 def load_task(config: dict, splits: dict | None = None):

@@ -37,6 +37,11 @@ class Choices:
         self.data, self.limit, self.lines, self.batch_size, self.seed = str(data), limit, lines, batch_size, seed
         self._items: list[dict] = []
 
+    def fits(self, max_length: int, name: str) -> None:
+        """Raise Refusal if embedded items must be longer than a model of `max_length` tokens allows: a line takes at least four."""
+        if self.data == "embedded" and 4 * self.lines > max_length:
+            raise Refusal(f"task.lines={self.lines} makes items of more than the {max_length} tokens that {name} allows: lower it.")
+
     def check(self) -> None:
         """Make or read the items before any model. Raises Refusal for a missing file or a bad column."""
         if self._items:
