@@ -5,7 +5,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from experiments import committed, scores, stages, style
+from experiments import committed, scores, style
 from experiments.tables import Table
 
 OPTIONS = ("key.beam", "value.beam")
@@ -22,11 +22,17 @@ def rows(results: Path = Path("results"), model: str = "standin") -> pd.DataFram
     frame = frame[wanted].assign(beam=committed.option(frame[wanted], "quant.key.beam"))
     frame = frame.assign(metric=[r.subset.split()[0] if r.task == "reconstruction" else r.metric for r in frame.itertuples()])
     swept = frame.groupby("bits")["beam"].nunique()
-    return frame[frame["bits"].isin(swept[swept > 1].index)][["beam", "bits", "metric", "value", "stderr", "device", "model"]].sort_values(["metric", "bits", "beam"], ignore_index=True)
+    return frame[frame["bits"].isin(swept[swept > 1].index)][["beam", "bits", "metric", "value", "stderr", "device", "model"]].sort_values(
+        ["metric", "bits", "beam"], ignore_index=True
+    )
 
 
 def draw(rows: pd.DataFrame):
-    panels = (("error", ("key", "value"), "held-out squared error\n(share of the energy)"), ("loss", ("loss_minus_fp16",), scores.LOSS), ("time", ("task_seconds",), "seconds, perplexity run\n(fp16 reference included)"))
+    panels = (
+        ("error", ("key", "value"), "held-out squared error\n(share of the energy)"),
+        ("loss", ("loss_minus_fp16",), scores.LOSS),
+        ("time", ("task_seconds",), "seconds, perplexity run\n(fp16 reference included)"),
+    )
     panels = [p for p in panels if rows["metric"].isin(p[1]).any()]
     figure, axes = plt.subplots(1, len(panels), figsize=(style.PAGE, 2.3), squeeze=False)
     for axis, (_, metrics, title) in zip(axes[0], panels):
@@ -49,4 +55,6 @@ def draw(rows: pd.DataFrame):
 
 def table(rows: pd.DataFrame) -> Table:
     wide = rows.pivot_table(index=["bits", "beam"], columns="metric", values="value").round(4).reset_index()
-    return Table(f"GSKM encoded with a beam; relative squared error held out, loss above fp16 in nats, seconds of the whole perplexity run on {rows['device'].iloc[-1]}.").add("", wide)
+    return Table(f"GSKM encoded with a beam; relative squared error held out, loss above fp16 in nats, seconds of the whole perplexity run on {rows['device'].iloc[-1]}.").add(
+        "", wide
+    )

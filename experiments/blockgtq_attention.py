@@ -48,3 +48,8 @@ def table(rows: pd.DataFrame) -> Table:
         paper.columns = [" ".join(c).replace("-only", "").strip() for c in paper.columns]
         made.add(f"Reported ({title})", paper)
     return made
+
+
+def summary(rows: pd.DataFrame) -> pd.DataFrame:
+    """Mean KL and overlap per method and budget in long form: columns quant, key_bits, x (stored bits), y, metric."""
+    return pd.concat([heads.means(rows, metric).reset_index().assign(metric=metric) for metric in METRICS])

@@ -23,7 +23,9 @@ def rows(results: Path = Path("results"), model: str = "standin") -> pd.DataFram
     frame = frame[~several | (frame["subset"] == "average")]
     frame = frame.assign(**{name: committed.option(frame, f"calib.{name}") for name in ("samples", "length", "offset", "source")})
     frame = frame[frame["samples"] == 1].rename(columns={"length": "tokens"})
-    return frame[["task", "metric", "bits", "source", "tokens", "offset", "value", "stderr", "model"]].sort_values(["metric", "bits", "source", "tokens", "offset"], ignore_index=True)
+    return frame[["task", "metric", "bits", "source", "tokens", "offset", "value", "stderr", "model"]].sort_values(
+        ["metric", "bits", "source", "tokens", "offset"], ignore_index=True
+    )
 
 
 def draw(rows: pd.DataFrame):
@@ -36,7 +38,17 @@ def draw(rows: pd.DataFrame):
             for bits, line in ((3.0, "-"), (2.0, "--")):
                 part = rows[(rows["metric"] == metric) & (rows["source"] == source) & (rows["bits"] == bits)].groupby("tokens")["value"].agg(["mean", "min", "max"])
                 if len(part):
-                    axis.errorbar(part.index, part["mean"], [part["mean"] - part["min"], part["max"] - part["mean"]], color=colour, marker=mark, linestyle=line, capsize=2, elinewidth=0.8, label=f"{text}, {bits:g} bits")
+                    axis.errorbar(
+                        part.index,
+                        part["mean"],
+                        [part["mean"] - part["min"], part["max"] - part["mean"]],
+                        color=colour,
+                        marker=mark,
+                        linestyle=line,
+                        capsize=2,
+                        elinewidth=0.8,
+                        label=f"{text}, {bits:g} bits",
+                    )
         style.plain_log(axis)
         axis.set_xticks(sorted(rows["tokens"].unique()), [str(t) for t in sorted(rows["tokens"].unique())])
         axis.minorticks_off()
@@ -51,8 +63,17 @@ def draw(rows: pd.DataFrame):
 def table(rows: pd.DataFrame) -> Table:
     wide = rows.groupby(["metric", "bits", "source", "tokens"])["value"].apply(lambda v: spread(v, digits=4)).unstack("tokens").reset_index().fillna("")
     wide.columns = [str(c) for c in wide.columns]
-    made = Table("Distances to the allocation of 16,384 tokens of the task mix, loss above fp16 (nats per token) and needles found (percent); mean ± standard deviation over three places in the text.").add("Here", wide)
+    made = Table(
+        "Distances to the allocation of 16,384 tokens of the task mix, loss above fp16 (nats per token) and needles found (percent); "
+        "mean ± standard deviation over three places in the text."
+    ).add("Here", wide)
     made.add("Reported, needles found (Block-GTQ Table 2)", scores.published("blockgtq", "T2a", "T2b", index=["metric", "ncal", "corpus"], columns="budget"))
     paper = reported.table("blockgtq", "T3")
-    made.add("Reported, perplexity (Block-GTQ Table 3)", paper[paper["metric"] == "ppl_mean"].pivot_table(index=["model", "budget"], columns="ncal", values="value", sort=False).reset_index())
-    return made.add("Reported, distances at K3V3 (Block-GTQ Table 17)", reported.table("blockgtq", "T17").pivot_table(index=["model", "ncal", "offset"], columns="metric", values="value", sort=False).reset_index())
+    made.add(
+        "Reported, perplexity (Block-GTQ Table 3)",
+        paper[paper["metric"] == "ppl_mean"].pivot_table(index=["model", "budget"], columns="ncal", values="value", sort=False).reset_index(),
+    )
+    return made.add(
+        "Reported, distances at K3V3 (Block-GTQ Table 17)",
+        reported.table("blockgtq", "T17").pivot_table(index=["model", "ncal", "offset"], columns="metric", values="value", sort=False).reset_index(),
+    )

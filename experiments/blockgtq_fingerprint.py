@@ -45,3 +45,8 @@ def table(rows: pd.DataFrame) -> Table:
         paper = reported.table("blockgtq", name, metric="width_share").pivot_table(index="model", columns="bits", values="value", sort=False).reset_index()
         made.add(f"Reported at {bits} bits (Block-GTQ Table {name[1:]})", paper)
     return made
+
+
+def shares(rows: pd.DataFrame) -> pd.DataFrame:
+    """Share of blocks at the mean width, mean of layers, per budget."""
+    return pd.DataFrame([{"bits": bits, "at_mean": part[f"width/{bits:g}"].mean()} for bits, part in rows.groupby("bits")])

@@ -61,8 +61,8 @@ def table(rows: pd.DataFrame) -> Table:
     cells, lines = heads.means(rows, "logit_mae"), []
     for bits, won in heads.wins(rows, "logit_mae").iterrows():
         ours, theirs = cells.loc[("blockgtq", bits)], cells.loc[("tq_mse", bits)]
-        lines.append({"code bits": bits, "layers won": f"{won.layers:.0f}/{won.of_layers:.0f}", "heads won": f"{won.heads:.0f}/{won.of_heads:.0f}", "reduction": f"{won.reduction:.1%}",
-                      "TQ-MSE stored": f"{theirs.x:.3f}", "Block-GTQ stored": f"{ours.x:.3f}", "MAE TQ-MSE": f"{theirs.y:.3f} ± {theirs.spread:.3f}",
+        lines.append({"code bits": bits, "layers won": f"{won.layers:.0f}/{won.of_layers:.0f}", "heads won": f"{won.heads:.0f}/{won.of_heads:.0f}",
+                      "reduction": f"{won.reduction:.1%}", "TQ-MSE stored": f"{theirs.x:.3f}", "Block-GTQ stored": f"{ours.x:.3f}", "MAE TQ-MSE": f"{theirs.y:.3f} ± {theirs.spread:.3f}",
                       "MAE Block-GTQ": f"{ours.y:.3f} ± {ours.spread:.3f}", "MAE TQ-MSE at Block-GTQ's bytes": f"{equal_bytes(cells, bits):.3f}".replace("nan", "")})  # fmt: skip
     caption = "Keys only; calibrated and scored on different texts; ± is the standard deviation over seeds (rotations). Equal bytes by log-linear interpolation."
     plus = cells.loc["blockgtq_plus"].reset_index().round(3) if "blockgtq_plus" in cells.index.get_level_values(0) else pd.DataFrame()
@@ -71,4 +71,12 @@ def table(rows: pd.DataFrame) -> Table:
         made.add("Block-GTQ+ (ours)", plus.rename(columns={"key_bits": "code bits", "x": "stored", "y": "MAE", "spread": "std"}))
     paper = reported.table("blockgtq", "T1", "T11")
     paper = paper[paper["metric"].isin(["rope_logit_mae", "mae_reduction", "layer_wins"])]
-    return made.add("Reported (Block-GTQ Tables 1 and 11)", paper.pivot_table(index=["model", "budget"], columns=["method"], values="value", sort=False, aggfunc="first").reset_index())
+    return made.add(
+        "Reported (Block-GTQ Tables 1 and 11)", paper.pivot_table(index=["model", "budget"], columns=["method"], values="value", sort=False, aggfunc="first").reset_index()
+    )
+
+
+def wins(rows: pd.DataFrame) -> pd.DataFrame:
+    """Per budget: layers and heads that Block-GTQ wins, of how many, and the mean reduction."""
+    found = heads.wins(rows, "logit_mae")
+    return found.assign(layer_share=found["layers"] / found["of_layers"], head_share=found["heads"] / found["of_heads"])

@@ -5,7 +5,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from experiments import committed, reported, scores, style
+from experiments import committed, scores, style
 from experiments.tables import Table
 
 QUANTS = ("fp16", "tq_mse", "blockgtq", "blockgtq_plus", "kivi_scale_only")
@@ -15,8 +15,8 @@ def rows(results: Path = Path("results"), model: str = "standin") -> pd.DataFram
     """One row per prompt: kind, length, depth, score."""
     frame = committed.load(results, model=model, task="niah", quant=list(QUANTS))
     frame = committed.one_setting(committed.shipped(frame))
-    if frame.empty:
-        return frame
+    if not (frame["quant"] != "fp16").any():
+        return frame.iloc[:0]
     frame = frame.assign(key_bits=committed.option(frame, "quant.key.bits").astype(float), value_bits=committed.option(frame, "quant.value.bits").astype(float))
     found = committed.records(results, frame, key_bits="key_bits", value_bits="value_bits")
     length = found["subset"].str.split("@").str[1].astype(int)

@@ -58,7 +58,15 @@ def table(rows: pd.DataFrame) -> Table:
     lines = []
     for row in rows.itertuples():
         cells = {f"{t // 1024}K": f"{row.stored + row.table / t:.2f}" for t in (2048, 8192, 65536, 1048576)}
-        lines.append({"method": style.label(row.quant), "bits": row.bits, "stored": f"{row.stored:.3f}", **cells, "tokens to fall below 16 bits": "always" if row.table <= 0 else f"{row.table / (16 - row.stored):,.0f}" if row.stored < 16 else "never"})
+        lines.append(
+            {
+                "method": style.label(row.quant),
+                "bits": row.bits,
+                "stored": f"{row.stored:.3f}",
+                **cells,
+                "tokens to fall below 16 bits": "always" if row.table <= 0 else f"{row.table / (16 - row.stored):,.0f}" if row.stored < 16 else "never",
+            }
+        )
     paper = [{"bits": b, "stages": r, **{f"{t // 1024}K": round(b + 16 * r * ENTRIES / t, 3) for t in (8192, 65536, 1048576)}} for b, r in GSRQ_STAGES.items()]
     return Table("All-in bits per value at a number of cached tokens: codes, norms and one copy of all tables.").add("This model's tables", pd.DataFrame(lines)).add(
         "GSRQ as configured in its paper, any model (derived: 16 R K / T extra bits)", pd.DataFrame(paper))  # fmt: skip

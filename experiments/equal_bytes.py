@@ -53,7 +53,9 @@ def ratios(rows: pd.DataFrame) -> pd.DataFrame:
         tq = cells.loc["tq_mse"]
         for (quant, bits), cell in cells.iterrows():
             if quant != "tq_mse" and tq.x.min() <= cell.x <= tq.x.max():
-                lines.append({"metric": metric, "quant": quant, "key_bits": bits, "stored": cell.x, "value": cell.y, "ratio": cell.y / float(np.exp(np.interp(cell.x, tq.x, np.log(tq.y))))})
+                lines.append(
+                    {"metric": metric, "quant": quant, "key_bits": bits, "stored": cell.x, "value": cell.y, "ratio": cell.y / float(np.exp(np.interp(cell.x, tq.x, np.log(tq.y))))}
+                )
     return pd.DataFrame(lines, columns=["metric", "quant", "key_bits", "stored", "value", "ratio"])
 
 

@@ -19,6 +19,11 @@ def draw(rows: pd.DataFrame):
 
 
 def table(rows: pd.DataFrame):
-    made = scores.tabulate(rows, "Accuracy in percent; the stand-in answers its own embedded items, models of the paper the seven public tasks.", [("choices", "choices"), ("fewshot", "seven tasks")], 1)
+    made = scores.tabulate(
+        rows,
+        "Accuracy in percent; the stand-in answers its own embedded items, models of the paper the seven public tasks.",
+        [("choices", "choices"), ("fewshot", "seven tasks")],
+        1,
+    )
     made.add("Reported, accuracy in percent (GSRQ Table 2)", scores.published("gsrq", "T2", index=["task"], columns="method_budget"))
     return made.add("Reported (GSRQ Table 7; its fp16 is near chance on several tasks)", scores.published("gsrq", "T7", index=["task"], columns="method_budget"))

@@ -177,7 +177,10 @@ def table(rows: pd.DataFrame) -> Table:
     """Error at the paper's reference point, in-sample and held out, and with enough data."""
     here = rows[(rows["metric"] == "mse") & (rows["D"] == 256) & rows["K"].isin((256, 2048))]
     wide = here.groupby(["K", "N", "split", "arm"])["value"].apply(lambda v: spread(v.drop_duplicates())).unstack("arm").reset_index().fillna("")
-    return Table("Mean squared error per element of white Gaussian vectors at D = 256; coding zero gives 1. Rate-distortion bound: 0.958 at K = 256, 0.942 at K = 2048, in expectation on new vectors.").add("", wide)
+    return Table(
+        "Mean squared error per element of white Gaussian vectors at D = 256; coding zero gives 1. "
+        "Rate-distortion bound: 0.958 at K = 256, 0.942 at K = 2048, in expectation on new vectors."
+    ).add("", wide)
 
 
 if __name__ == "__main__":

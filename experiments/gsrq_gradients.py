@@ -13,7 +13,9 @@ WEIGHTS = {"raw": ("#D55E00", "s", "gradient norm"), "log": ("#0072B2", "o", "lo
 
 def rows(results: Path = Path("results"), model: str = "standin") -> pd.DataFrame:
     frame = committed.load(results, model=model, task="gradients")
-    return frame[frame["subset"].isin(["key", "value"])][["quant", "bits", "subset", "metric", "value", "stderr", "run", "model"]].sort_values(["quant", "bits", "subset", "metric"])
+    return frame[frame["subset"].isin(["key", "value"])][["quant", "bits", "subset", "metric", "value", "stderr", "run", "model"]].sort_values(
+        ["quant", "bits", "subset", "metric"]
+    )
 
 
 def draw(rows: pd.DataFrame):
@@ -30,7 +32,15 @@ def draw(rows: pd.DataFrame):
             axis.plot(part["value"].to_numpy()[order], tail.to_numpy()[order], color=colour, marker=mark)
             largest = float(part["value"].to_numpy()[order][-1])
             ends.append((largest, text, colour))
-            axis.annotate(f"{text}\nlargest {largest:.3g} medians", (largest, 1e-4), xytext=(-4, 14 if weight == "log" else 34), textcoords="offset points", ha="right" if weight == "raw" else "left", color=colour, fontsize=6.5)
+            axis.annotate(
+                f"{text}\nlargest {largest:.3g} medians",
+                (largest, 1e-4),
+                xytext=(-4, 14 if weight == "log" else 34),
+                textcoords="offset points",
+                ha="right" if weight == "raw" else "left",
+                color=colour,
+                fontsize=6.5,
+            )
         axis.set_xscale("log")
         axis.set_yscale("log")
         axis.set_xlabel(f"{kind} vectors: multiple of the median")
@@ -39,8 +49,19 @@ def draw(rows: pd.DataFrame):
 
 
 def table(rows: pd.DataFrame) -> Table:
-    wide = rows[rows["metric"].isin(["error_none", "error_raw", "error_log"])].assign(value=rows["value"].round(4)).pivot_table(index=["quant", "bits", "subset"], columns="metric", values="value").reset_index()
-    largest = rows[(rows["quant"] == "fp16") & rows["metric"].isin(["raw/1", "log/1"])].assign(value=rows["value"].round(1)).pivot_table(index="subset", columns="metric", values="value").reset_index()
+    wide = (
+        rows[rows["metric"].isin(["error_none", "error_raw", "error_log"])]
+        .assign(value=rows["value"].round(4))
+        .pivot_table(index=["quant", "bits", "subset"], columns="metric", values="value")
+        .reset_index()
+    )
+    largest = (
+        rows[(rows["quant"] == "fp16") & rows["metric"].isin(["raw/1", "log/1"])]
+        .assign(value=rows["value"].round(1))
+        .pivot_table(index="subset", columns="metric", values="value")
+        .reset_index()
+    )
     return (Table("Gradient norms and log weights in units of their median; relative squared error of a codec under each weight.")
-            .add("Largest over median, mean of layers", largest).add("Reported (GSRQ Figure 3, Llama-3-8B)", reported.table("gsrq", "Fig3a", "Fig3b")[["tensor", "method", "value"]])
+            .add("Largest over median, mean of layers", largest)
+            .add("Reported (GSRQ Figure 3, Llama-3-8B)", reported.table("gsrq", "Fig3a", "Fig3b")[["tensor", "method", "value"]])
             .add("Relative error under each weight", wide))  # fmt: skip

@@ -15,7 +15,11 @@ def rows(results: Path = Path("results"), model: str = "standin") -> pd.DataFram
     frame = committed.load(results, model=model, task="perplexity", quant="gskm", metric="loss_minus_fp16")
     frame = committed.shipped(frame, OPTIONS)
     frame = committed.one_setting(frame[committed.option(frame, "quant.key.cluster.tolerance") == 0]) if len(frame) else frame
-    return frame.assign(rounds=committed.option(frame, "quant.key.cluster.rounds"))[["rounds", "bits", "seed", "value", "stderr", "model"]].sort_values(["bits", "rounds"]) if len(frame) else frame
+    return (
+        frame.assign(rounds=committed.option(frame, "quant.key.cluster.rounds"))[["rounds", "bits", "seed", "value", "stderr", "model"]].sort_values(["bits", "rounds"])
+        if len(frame)
+        else frame
+    )
 
 
 def draw(rows: pd.DataFrame):

@@ -24,5 +24,9 @@ def draw(rows: pd.DataFrame):
 
 
 def table(rows: pd.DataFrame):
-    made = scores.tabulate(rows, "Loss above fp16 in nats per token on held-out text (all-in bits: codebooks charged to one sequence of the window's length); fp16 row: its loss.", [("perplexity", "loss above fp16")])
+    made = scores.tabulate(
+        rows,
+        "Loss above fp16 in nats per token on held-out text (all-in bits: codebooks charged to one sequence of the window's length); fp16 row: its loss.",
+        [("perplexity", "loss above fp16")],
+    )
     return made.add("Reported, perplexity (GSRQ Table 1, other models)", scores.published("gsrq", "T1", index=["model", "data", "method"], columns="budget"))

@@ -7,7 +7,13 @@ import pandas as pd
 from experiments import scores
 
 QUANTS = ("gskm", "gsrq", "vqllm", "kivi")
-TITLES = {"aime": "written arithmetic\n(percent, mean of repeats)", "niah": "needles found (percent)", "gsm8k": "GSM8K (percent)", "math500": "MATH-500 (percent)", "ruler": "RULER (percent)"}
+TITLES = {
+    "aime": "written arithmetic\n(percent, mean of repeats)",
+    "niah": "needles found (percent)",
+    "gsm8k": "GSM8K (percent)",
+    "math500": "MATH-500 (percent)",
+    "ruler": "RULER (percent)",
+}
 
 
 def rows(results: Path = Path("results"), model: str = "standin") -> pd.DataFrame:

@@ -50,6 +50,10 @@ def table(rows: pd.DataFrame) -> Table:
     cells = rows[rows["entries"] == 256].assign(signal=rows["stage"].map({1: "original", 2: "first residual"}))
     wide = cells.pivot_table(index=["kind", "signal", "piece", "quant", "start", "split"], columns="metric", values="value").round(4).reset_index()
     control = reported.table("gsrq", "Fig5-extra", metric="mse_per_element", model="Llama-3-8B")
-    control = control[control["method"].isin(["KM", "KM-spherical-start", "GSKM"])].pivot_table(index=["tensor", "signal", "D", "K"], columns="method", values="value", sort=False).reset_index()
+    control = (
+        control[control["method"].isin(["KM", "KM-spherical-start", "GSKM"])]
+        .pivot_table(index=["tensor", "signal", "D", "K"], columns="method", values="value", sort=False)
+        .reset_index()
+    )
     return (Table("Reconstruction per stage, K = 256, mean of layers; mse is relative to the energy of the original.").add("Here", wide)
             .add("The authors' own unpublished control: k-means from a spherical start, mean squared error per element (Llama-3-8B, training vectors)", control))  # fmt: skip

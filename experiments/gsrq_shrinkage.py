@@ -46,7 +46,13 @@ def draw(rows: pd.DataFrame):
 
 
 def table(rows: pd.DataFrame) -> Table:
-    wide = rows.assign(signal=rows["stage"].map(SIGNALS), value=rows["value"].round(3)).pivot_table(index=["kind", "signal", "entries"], columns="piece", values="value").reset_index()
+    wide = (
+        rows.assign(signal=rows["stage"].map(SIGNALS), value=rows["value"].round(3)).pivot_table(index=["kind", "signal", "entries"], columns="piece", values="value").reset_index()
+    )
     wide.columns = [f"D={c}" if isinstance(c, int) else c for c in wide.columns]
     paper = reported.table("gsrq", "Fig2a", "Fig2b").pivot_table(index=["tensor", "signal", "K"], columns="D", values="value", sort=False).reset_index()
-    return Table("Captured energy of k-means entries (k-means++ start) on calibration text, mean of layers.").add("Here", wide).add("Reported (GSRQ Figure 2, Llama-3-8B, read off the plot)", paper)
+    return (
+        Table("Captured energy of k-means entries (k-means++ start) on calibration text, mean of layers.")
+        .add("Here", wide)
+        .add("Reported (GSRQ Figure 2, Llama-3-8B, read off the plot)", paper)
+    )

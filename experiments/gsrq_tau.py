@@ -30,7 +30,14 @@ def draw(rows: pd.DataFrame):
     for axis, bits in zip(axes[0], budgets):
         part = rows[rows["bits"] == bits].groupby("arm")["value"].agg(["mean", "min", "max"])
         line = part.reindex([f"{t:g}" for t in TAUS]).dropna()
-        axis.errorbar([float(t) for t in line.index], line["mean"], [line["mean"] - line["min"], line["max"] - line["mean"]], color=style.color("gsrq"), marker=style.marker("gsrq"), capsize=2)
+        axis.errorbar(
+            [float(t) for t in line.index],
+            line["mean"],
+            [line["mean"] - line["min"], line["max"] - line["mean"]],
+            color=style.color("gsrq"),
+            marker=style.marker("gsrq"),
+            capsize=2,
+        )
         axis.set_xscale("log")
         ends = [(float(line["mean"].iloc[-1]), "log weights", style.color("gsrq"))]
         for arm, colour, text in (("raw", "#D55E00", "raw gradients"), ("none", style.color("gskm"), "no weights")):

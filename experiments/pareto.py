@@ -12,7 +12,12 @@ import pandas as pd
 from experiments import scores, style
 from experiments.tables import Table, spread
 
-PANELS = (("loss", "loss_minus_fp16", scores.LOSS), ("kl", "kl", "KL to fp16\n(nats per token)"), ("longbench", "score", "LongBench\n(percent)"), ("niah", "score", "needles found\n(percent)"))
+PANELS = (
+    ("loss", "loss_minus_fp16", scores.LOSS),
+    ("kl", "kl", "KL to fp16\n(nats per token)"),
+    ("longbench", "score", "LongBench\n(percent)"),
+    ("niah", "score", "needles found\n(percent)"),
+)
 TASKS = {"loss": "perplexity", "kl": "perplexity", "longbench": "longbench", "niah": "niah"}
 AXES = (("bits_stored", "stored bits per value"), ("bits_total", "all-in bits per value, one sequence"))
 FEWEST = 3
@@ -28,11 +33,11 @@ def draw(rows: pd.DataFrame):
     """One row of panels per measure: left against stored bits, right against all-in bits; one legend, sorted by kind of method."""
     shown = [p for p in PANELS if rows[rows["panel"] == p[0]]["quant"].nunique() >= FEWEST]
     figure, axes = plt.subplots(len(shown), 2, figsize=(style.PAGE, 0.7 + 1.75 * len(shown)), squeeze=False, sharey="row")
-    for line, (name, _, title) in zip(axes, shown):
+    for place, (line, (name, _, title)) in enumerate(zip(axes, shown)):
         part = rows[rows["panel"] == name]
         for axis, (column, text) in zip(line, AXES):
             scores.panel(axis, part, column, names=False, loss=name in ("loss", "kl"))
-            if line is axes[-1]:
+            if place == len(shown) - 1:
                 axis.set_xlabel(text)
         line[0].set_ylabel(title)
     named = {}
@@ -56,4 +61,7 @@ def table(rows: pd.DataFrame) -> Table:
             part = group[group["panel"] == name]
             line[title] = spread(part["value"], part["stderr"], digits)
         lines.append({**line, "seeds": group["seed"].nunique()})
-    return Table("Every method at every budget, shipped options; loss and KL in nats per token, scores in percent; ± over seeds, or one standard error with one seed. Scored in one pass, so an exact window (KIVI's 128 tokens) is seen by the last queries only. All-in bits are of the perplexity run.").add("", pd.DataFrame(lines))
+    return Table(
+        "Every method at every budget, shipped options; loss and KL in nats per token, scores in percent; ± over seeds, or one standard error with one seed. "
+        "Scored in one pass, so an exact window (KIVI's 128 tokens) is seen by the last queries only. All-in bits are of the perplexity run."
+    ).add("", pd.DataFrame(lines))

@@ -39,7 +39,11 @@ def panel(axis, part: pd.DataFrame, x: str = "bits_stored", names: bool = True, 
     """One line per method: mean over seeds, error bars of one standard deviation over seeds or, with one seed, one standard error."""
     ends = []
     for quant, group in part.groupby("quant"):
-        cells = group.groupby(["key_bits", "value_bits"]).agg(x=(x, "mean"), y=("value", "mean"), spread=("value", "std"), n=("value", "size"), stderr=("stderr", "mean")).sort_values("x")
+        cells = (
+            group.groupby(["key_bits", "value_bits"])
+            .agg(x=(x, "mean"), y=("value", "mean"), spread=("value", "std"), n=("value", "size"), stderr=("stderr", "mean"))
+            .sort_values("x")
+        )
         style.points(axis, cells.x, cells.y, cells.spread.where(cells.n > 1, cells.stderr), quant)
         ends.append((float(cells.y.iloc[-1]), style.label(quant), style.color(quant)))
     if loss:

@@ -19,9 +19,7 @@ def gather(results: Path, model: str, quants: tuple[str, ...], metrics: tuple[st
         "start": "quant.key.cluster.start", "piece": "quant.key.piece", "entries": "quant.key.entries", "beam": "quant.key.beam",
         "stages_given": "quant.key.stages", "samples": "calib.samples",
     }  # fmt: skip
-    found = frame.assign(
-        kind=frame["subset"].str.split().str[0], split=frame["subset"].str.split().str[1], **{c: committed.option(frame, key) for c, key in columns.items()}
-    )
+    found = frame.assign(kind=frame["subset"].str.split().str[0], split=frame["subset"].str.split().str[1], **{c: committed.option(frame, key) for c, key in columns.items()})
     keep = ["quant", *columns, "bits", "seed", "kind", "split", "stage", "metric", "value", "stderr", "run", "model"]
     return found[keep].sort_values(["quant", "bits", "seed", "kind", "split", "metric", "stage"], ignore_index=True)
 

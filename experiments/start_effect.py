@@ -114,7 +114,19 @@ def draw(rows: pd.DataFrame):
                 cells = mine.assign(value=100 * (mine["value"] / mine["stage"].map(base) - 1)).groupby("stage")["value"].agg(["mean", "min", "max"])
                 x = cells.index
             bars = [cells["mean"] - cells["min"], cells["max"] - cells["mean"]]
-            axis.errorbar(x, cells["mean"], bars, color=colour, marker=mark, markersize=3.5, linestyle="none" if where == "loss" else "-", linewidth=0.9, capsize=1.5, elinewidth=0.7, label=text)
+            axis.errorbar(
+                x,
+                cells["mean"],
+                bars,
+                color=colour,
+                marker=mark,
+                markersize=3.5,
+                linestyle="none" if where == "loss" else "-",
+                linewidth=0.9,
+                capsize=1.5,
+                elinewidth=0.7,
+                label=text,
+            )
         axis.set_title({"keys": "model, keys", "values": "model, values", "loss": "model, loss"}.get(where, where))
         if where == "loss":
             axis.set_xticks(range(len(budgets)), [f"{b:g}" for b in budgets])
@@ -134,26 +146,35 @@ def draw(rows: pd.DataFrame):
     return figure
 
 
-def verdict(rows: pd.DataFrame) -> pd.DataFrame:
-    """Per place, at the last stage (or each budget): share of the gap from k-means++ to GSKM that the start closes, with its spread over seeds."""
-    lines = []
-    for where, part in rows[rows["split"] == "held-out"].groupby("where"):
-        for stage in sorted(part["stage"].unique()) if where == "loss" else [part["stage"].max()]:
-            wide = part[part["stage"] == stage].pivot_table(index="seed", columns="arm", values="value")
-            if not {"km kmeans++", "km spherical", "gskm spherical"} <= set(wide.columns):
-                continue
+def shares(rows: pd.DataFrame) -> pd.DataFrame:
+    """Per place, stage (or budget) and seed: gap from k-means++ to GSKM, and the percentages of it that the start alone and the update alone close."""
+    parts = []
+    for (where, stage), part in rows[rows["split"] == "held-out"].groupby(["where", "stage"]):
+        wide = part.pivot_table(index="seed", columns="arm", values="value")
+        if {"km kmeans++", "km spherical", "gskm spherical", "gskm kmeans++"} <= set(wide.columns):
             gap = wide["km kmeans++"] - wide["gskm spherical"]
-            by_start = (wide["km kmeans++"] - wide["km spherical"]) / gap
-            by_rule = (wide["km kmeans++"] - wide["gskm kmeans++"]) / gap if "gskm kmeans++" in wide else gap * float("nan")
-            lines.append({"where": where, "stage or bits": stage, "gap": spread(gap, digits=4), "closed by the start alone": spread(100 * by_start, digits=0) + " %",
-                          "closed by the update alone": spread(100 * by_rule.dropna(), digits=0) + " %", "seeds": len(gap.dropna())})  # fmt: skip
+            closed = {arm: 100 * (wide["km kmeans++"] - wide[arm]) / gap for arm in ("km spherical", "gskm kmeans++")}
+            parts.append(pd.DataFrame({"where": where, "stage": stage, "gap": gap, "start": closed["km spherical"], "update": closed["gskm kmeans++"]}).reset_index())
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["where", "stage", "gap", "start", "update", "seed"])
+
+
+def verdict(rows: pd.DataFrame) -> pd.DataFrame:
+    """The shares after the last stage and at every budget, mean and spread over seeds, as text."""
+    lines = []
+    for (where, stage), part in shares(rows).dropna().groupby(["where", "stage"]):
+        if where == "loss" or stage in (1, STAGES):
+            lines.append({"where": where, "stage or bits": stage, "gap": spread(part["gap"], digits=4), "closed by the start alone": spread(part["start"], digits=0) + " %",
+                          "closed by the update alone": spread(part["update"], digits=0) + " %", "seeds": len(part)})  # fmt: skip
     return pd.DataFrame(lines)
 
 
 def table(rows: pd.DataFrame) -> Table:
     last = rows[(rows["split"] == "held-out") & ((rows["where"] == "loss") | (rows["stage"] == 16))]
     wide = last.groupby(["where", "stage", "arm"])["value"].apply(lambda v: spread(v, digits=4)).unstack("arm").reindex(columns=list(ARMS)).reset_index().fillna("")
-    caption = f"Relative squared error held out after 16 stages ({WIDTH} channels, {ENTRIES} entries; white Gaussian, log-normal norms, the model's keys and values), loss above fp16 in nats; mean ± standard deviation over seeds."
+    caption = (
+        f"Relative squared error held out after {STAGES} stages ({WIDTH} channels, {ENTRIES} entries; white Gaussian, log-normal norms, the model's keys and values), "
+        "loss above fp16 in nats; mean ± standard deviation over seeds."
+    )
     return Table(caption).add("Which part of GSKM's gain over k-means++ is its start", verdict(rows)).add("All arms", wide)
 
 

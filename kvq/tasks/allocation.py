@@ -39,10 +39,8 @@ class Allocation(Probe):
             key, query = (x.transpose(0, 1).flatten(1, 2).cpu() for x in (seen.key, seen.query))
             pairs = rope.pairs(seen.layer)[0]
             heads, blocks = key.shape[0], len(pairs)
-            if getattr(codec, "widths", None) is None:
-                widths = torch.full((heads, blocks), int(codec.bits))
-            else:
-                widths = codec.widths.long().cpu()[:, :blocks]  # static blocks of channels that RoPE leaves alone stay out
+            own = getattr(codec, "widths", None)  # the static blocks of channels that RoPE leaves alone stay out
+            widths = torch.full((heads, blocks), int(codec.bits)) if own is None else own.long().cpu()[:, :blocks]
             reference_scores = scores(key, query, pairs, self.score)
             budgets = widths.sum(1).clamp(blocks, 8 * blocks).tolist()
             reference = torch.cat([allocate(row[None], budget) for row, budget in zip(reference_scores, budgets)])

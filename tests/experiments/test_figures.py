@@ -1,32 +1,40 @@
-"""Figures are pure functions of rows: same rows, same bytes; unknown methods get a colour; changed rows redraw."""
+"""Figures are pure functions of rows: same rows, same bytes; changed rows redraw; other sizes and other options stay out."""
 
 import json
 
 import pandas as pd
 import pytest
 
-from experiments import choice, pareto, starts, style
+from experiments import choice, committed, gsrq_perplexity, pareto, scores, style
 from kvq import results
+
+CONFIG = {"quant": {"key": {"bits": 1, "cluster": {"start": "spherical"}}, "value": {"bits": 1}}, "prefill": "quantized", "task": {"limit": 4}, "calib": {"samples": 8}}
+
+
+def write(folder, quant, bits, seed, value, task="perplexity", config=CONFIG, calib="text"):
+    metric = "loss" if task == "perplexity" else "score"
+    common = {"model": "standin", "data": "embedded", "calib": calib, "encoded_tokens": 10, "stderr": 0.1, "n": 4, "commit": "", "dirty": False,
+              "date": "", "device": "cpu", "torch": "", "transformers": ""}  # fmt: skip
+    config = {**config, "quant": {**config["quant"], "key": {**config["quant"]["key"], "bits": bits}, "value": {"bits": bits}}}
+    values = {metric: value + 1, f"{metric}_fp16": 1.0, f"{metric}_minus_fp16": value, "kl": value}
+    run = results.run_id({"q": quant, "b": bits, "s": seed, "t": task, "c": config})
+    rows = [{**common, "run": run, "quant": quant, "task": task, "bits": bits, "bits_stored": bits, "bits_total": bits + 1, "subset": "text", "metric": name,
+             "value": v, "seed": seed, "config": json.dumps(config)} for name, v in values.items()]  # fmt: skip
+    results.write(rows, folder / "runs" / f"{run}.parquet")
+    return run
 
 
 @pytest.fixture
 def folder(tmp_path):
-    common = {"model": "standin", "data": "embedded", "calib": "text", "encoded_tokens": 10, "stderr": 0.1, "n": 4, "commit": "", "dirty": False,
-              "date": "", "device": "cpu", "torch": "", "transformers": ""}  # fmt: skip
     for quant in ("km", "gskm", "gsrq", "newcomer"):
         for bits in (0.5, 1.0, 2.0):
             for seed in (0, 1):
-                for task, metric in (("perplexity", "loss"), ("niah", "score")):
-                    config = json.dumps({"quant": {"key": {"cluster": {"start": "kmeans++" if quant == "km" else "spherical"}}}, "prefill": "quantized"})
-                    values = {metric: 3 / bits + seed, f"{metric}_fp16": 1.0, f"{metric}_minus_fp16": 3 / bits}
-                    run = results.run_id({"q": quant, "b": bits, "s": seed, "t": task})
-                    rows = [{**common, "run": run, "quant": quant, "task": task, "bits": bits, "bits_stored": bits, "bits_total": bits + 1, "subset": "text",
-                             "metric": name, "value": value, "seed": seed, "config": config} for name, value in values.items()]  # fmt: skip
-                    results.write(rows, tmp_path / "runs" / f"{run}.parquet")
+                for task in ("perplexity", "niah"):
+                    write(tmp_path, quant, bits, seed, 3 / bits + seed / 10, task)
     return tmp_path
 
 
-@pytest.mark.parametrize("module", [pareto, starts], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("module", [pareto, gsrq_perplexity], ids=lambda m: m.__name__)
 def test_same_rows_same_bytes(module, folder, tmp_path):
     style.setup()
     first = style.save(module.draw(module.rows(folder)), "a", tmp_path)
@@ -37,21 +45,64 @@ def test_same_rows_same_bytes(module, folder, tmp_path):
 def test_make_figures_redraws_what_changed(folder, capsys):
     from experiments.__main__ import main
 
-    main(folder, ["pareto", "starts"])
+    main(folder, ["pareto", "gsrq_perplexity"])
     assert capsys.readouterr().out.count("drew") == 2
-    main(folder, ["pareto", "starts"])
+    main(folder, ["pareto", "gsrq_perplexity"])
     assert capsys.readouterr().out.count("unchanged") == 2
-    path = next((folder / "runs").glob("*.parquet"))
-    frame = pd.read_parquet(path)
-    results.write(frame.assign(value=frame.value + 1).to_dict("records"), path)
-    main(folder, ["pareto"])
-    assert "drew" in capsys.readouterr().out
+    write(folder, "newcomer", 1.0, 2, 9.0)  # a method that gsrq_perplexity does not show
+    main(folder, ["pareto", "gsrq_perplexity"])
+    said = capsys.readouterr().out
+    assert "pareto: drew" in said and "gsrq_perplexity: unchanged" in said
+    assert "| newcomer |" in (folder / "tables" / "pareto.md").read_text()
+    assert "newcomer" in (folder / "tables" / "pareto.tex").read_text()
 
 
-def test_changed_options_are_not_the_shipped_method():
-    base = {"quant": {"key": {"cluster": {"start": "random"}}}, "prefill": "quantized"}
-    assert choice.changes("km", json.dumps(base)) == {"key.cluster.start": "random"}
+def test_only_the_largest_setting_is_compared(folder):
+    other = {**CONFIG, "calib": {"samples": 64}}
+    stray = write(folder, "gsrq", 1.0, 0, 0.001, config=other)
+    kept = committed.one_setting(committed.load(folder, task="perplexity"))
+    assert stray not in set(kept["run"]) and kept["run"].nunique() == 24
+
+
+def test_changed_options_are_not_the_shipped_method(folder):
+    changed = {**CONFIG, "quant": {"key": {"cluster": {"start": "random"}}, "value": {}}}
+    assert choice.changes("km", json.dumps(changed)) == {"key.cluster.start": "random"}
+    stray = write(folder, "gsrq", 1.0, 0, 0.001, config=changed)
+    assert stray not in set(committed.shipped(committed.load(folder))["run"])
+    assert stray in set(committed.shipped(committed.load(folder), ("key.cluster.start",))["run"])
+
+
+def test_scores_hold_the_paired_difference_and_its_reference(folder):
+    rows = scores.gather(folder, "standin", {"perplexity": "loss_minus_fp16"}, ("gsrq",))
+    assert len(rows) == 6 and set(rows["fp16"]) == {1.0} and rows[rows["bits"] == 2]["value"].tolist() == [1.5, 1.6]
 
 
 def test_unknown_method_has_a_stable_colour():
     assert style.color("newcomer") == style.color("newcomer") != style.color("another")
+
+
+def test_names_beside_lines_do_not_overlap():
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(3.4, 2.5))
+    axis.set_ylim(0, 1)
+    style.name_ends(axis, [(0.5, "a", "black"), (0.5, "b", "black"), (0.51, "c", "black"), (1.0, "d", "black")])
+    heights = sorted(text.xy[1] for text in axis.texts)
+    assert min(b - a for a, b in zip(heights, heights[1:])) > 0.03 and heights[-1] <= 1.0001
+    plt.close(figure)
+
+
+def test_drawing_needs_no_torch(folder):
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    code = f"import sys; sys.modules['torch'] = None\nfrom pathlib import Path\nfrom experiments.__main__ import main, modules\nassert len(modules(None)) >= 30\nmain(Path({str(folder)!r}), ['pareto'])"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).resolve().parents[2])
+
+
+def test_latex_escapes_and_markdown_agree():
+    from experiments.tables import Table
+
+    made = Table("Caption.").add("Part", pd.DataFrame([{"a_b": "5 % ± 1", "c": 0.123456}]))
+    assert "| 5 % ± 1 | 0.1235 |" in made.markdown() and "a\\_b & c" in made.latex() and "5 \\% $\\pm$ 1 & 0.1235 \\\\" in made.latex()

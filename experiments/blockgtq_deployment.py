@@ -1,0 +1,23 @@
+"""Block-GTQ Figure 6, Tables 18 to 21: decode attention from packed scalar codes, against an fp16 cache whose KV heads are shared."""
+
+from pathlib import Path
+
+import pandas as pd
+
+from experiments import latency, reported
+
+
+def rows(results: Path = Path("results"), model: str = "standin") -> pd.DataFrame:
+    return latency.gather(results, "tq", "blockgtq", "int4", "fp8") if model == "standin" else pd.DataFrame()
+
+
+speedups = latency.speedups
+draw = latency.figure
+
+
+def table(rows: pd.DataFrame):
+    made = latency.tabulate(rows, "Decode attention of one layer, microseconds.")
+    for name, title in (("T19", "latency, Table 19"), ("T20", "memory, Table 20")):
+        paper = reported.table("blockgtq", name).pivot_table(index=["context", "method"], columns="metric", values="value", sort=False).reset_index()
+        made.add(f"Reported ({title}, one H800, whole model)", paper)
+    return made

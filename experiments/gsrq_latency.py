@@ -1,0 +1,21 @@
+"""GSRQ Tables 12 and 13: decode attention from residual codes, against an fp16 cache whose KV heads are shared and not repeated."""
+
+from pathlib import Path
+
+import pandas as pd
+
+from experiments import latency, reported
+
+
+def rows(results: Path = Path("results"), model: str = "standin") -> pd.DataFrame:
+    return latency.gather(results, "gsrq", "rvq", "gskm") if model == "standin" else pd.DataFrame()
+
+
+speedups = latency.speedups
+draw = latency.figure
+
+
+def table(rows: pd.DataFrame):
+    made = latency.tabulate(rows, "Decode attention of one layer, microseconds.")
+    paper = reported.table("gsrq", "T12", "T13")[["table", "metric", "method", "context", "value", "unit"]]
+    return made.add("Reported (GSRQ Tables 12 and 13, A100-80GB, whole model; the fp16 baseline appears to repeat KV heads)", paper)
