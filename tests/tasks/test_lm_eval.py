@@ -3,13 +3,16 @@
 import json
 
 import pytest
+import torch
 import yaml
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+from kvq import models
+from kvq.baselines.fp16 import FP16
 from kvq.errors import Refusal
-from kvq.lmeval import quiet
+from kvq.lmeval import CachedLM, quiet
 from kvq.tasks.lm_eval import LMEval
 from tests.tiny_lm import TinyLM, ZeroedLM
 
@@ -89,6 +92,53 @@ def test_records_equal_lm_eval_to_the_last_digit(name, folder, lm, theirs):
             likelihoods = json.loads(record["prediction"])
             assert [greedy for _, greedy in likelihoods] == [greedy for _, greedy in expected]
             assert [x for x, _ in likelihoods] == pytest.approx([x for x, _ in expected], abs=1e-5)
+
+
+@pytest.fixture(scope="module")
+def wrapped():
+    """(the stand-in in float16 under our 16-bit cache, lm-eval's own HFLM on the same weights): nothing is rounded on the way into the cache."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = models.ROOT / "kvq" / "standin" / "model"
+    model, tokenizer = models.load(str(path), dtype="float16", device="cpu")
+
+    def codec():
+        made = FP16(16)
+        made.shape = torch.tensor([2, 128])
+        return made
+
+    lm = models.LM(model, tokenizer, "standin", [(codec(), codec()) for _ in range(model.config.num_hidden_layers)])
+    with quiet():
+        plain = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float16, attn_implementation="sdpa").eval()
+        return lm, HFLM(pretrained=plain, tokenizer=AutoTokenizer.from_pretrained(path), backend="causal", max_length=lm.max_length)
+
+
+def test_our_fp16_cache_equals_hflm_to_the_last_digit(folder, wrapped):
+    """The same requests of three kinds of task, one at a time, every logit computed as HFLM does."""
+    lm, stock = wrapped
+    adapter = CachedLM(lm, all_logits=True)
+    for name in KINDS:
+        task = LMEval(name, num_fewshot=2, include_path=str(folder))
+        requests = [request for example in task.examples(lm) for request in example.payload[1]]
+        kind = requests[0].request_type
+        with quiet():
+            mine, theirs = (getattr(each, kind)(requests, disable_tqdm=True) for each in (adapter, stock))
+        assert len(mine) == (18 if name == "kind_choice" else 6) and mine == theirs, name
+    assert lm.usage()["encoded"] > 1000, "our cache held the tokens"
+
+
+def test_scores_under_our_fp16_cache_equal_hflms(folder, wrapped):
+    lm, stock = wrapped
+    with quiet():
+        manager = TaskManager(include_defaults=False, include_path=str(folder))
+        theirs = simple_evaluate(stock, tasks=list(KINDS), num_fewshot=2, task_manager=manager, bootstrap_iters=0, log_samples=True)
+    mine = records(LMEval(list(KINDS), num_fewshot=2, include_path=str(folder), batch_size=2), lm)
+    for name in KINDS:
+        for sample in theirs["samples"][name]:
+            record = mine[f"{name}/{sample['doc_id']}"]
+            for metric in ("acc", "acc_norm", "exact_match"):
+                if metric in sample and sample["filter"] in ("none", "whole"):
+                    assert record["metrics"][metric] == sample[metric], (name, metric)
 
 
 def test_score_is_percent_and_corpus_metrics_are_left_out(folder, lm):

@@ -100,6 +100,8 @@ def test_exact_cache_equals_plain_transformers(stride):
     assert mean(records) == pytest.approx(plain(4, 128, stride), abs=1e-5)
     _, half = run(bind(fp16, "float16"), stride=stride)
     assert mean(half) == pytest.approx(plain(4, 128, stride, "float16"), abs=1e-4)
+    task, records = run(bind(fp16, "float16"), stride=stride and 256, context=512)
+    assert task.derived(records)[0]["value"] == pytest.approx(math.exp(plain(4, 512, stride and 256, "float16")), rel=1e-4)
 
 
 def test_fp16_of_a_float32_model_rounds_the_cache_only():
