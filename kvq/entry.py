@@ -152,14 +152,15 @@ def _summary(where, planned: list[str]) -> int:
     from kvq.status import State, states
 
     found = [s for s in states(where) if s.key in planned]
-    failed = [s for s in found if s.state in (State.FAILED, State.STOPPED, State.MISSING)]
-    left = [s for s in found if s.state == State.RUNNING]
+    failed = [s for s in found if s.state in (State.FAILED, State.STOPPED)]
+    left, missing = ([s for s in found if s.state == state] for state in (State.RUNNING, State.MISSING))
     for one in failed:
         print(f"error: {one.cell}: {one.reason}", file=sys.stderr)
     for one in left:
         print(f"left: {one.cell}: {one.reason}", file=sys.stderr)
-    print(f"sweep {where.name}: {len(found) - len(failed) - len(left)} of {len(found)} cells done, {len(failed)} failed, {len(left)} elsewhere", file=sys.stderr)
-    return 2 if failed else 3 if left else 0
+    done = len(found) - len(failed) - len(left) - len(missing)
+    print(f"sweep {where.name}: {done} of {len(found)} cells done, {len(failed)} failed, {len(left)} elsewhere, {len(missing)} not started", file=sys.stderr)
+    return 2 if failed or missing else 3 if left else 0
 
 
 def _missing_plugin(message: str) -> str | None:

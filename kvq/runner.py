@@ -179,6 +179,8 @@ def _compute(cell: Cell, reference: list[dict] | None, claims: list[Claim]) -> p
         table = rows.of_run(cell, task, records, reference, usage, _device_name(model))
         for claim in claims:
             claim.check()
+        for torn in cell.path.parent.glob(f".{cell.run}.*"):  # left by a kill in the middle of a write
+            torn.unlink()
         text = "".join(map(predictions.line, records))
         results.replace(cell.path.with_suffix(".jsonl"), lambda t: t.write_text(text, encoding="utf-8"))
         frame = results.write(table, cell.path)

@@ -45,7 +45,8 @@ class Note:
     def __init__(self, where: Path, overrides: list[str]):
         cell = essence(overrides)
         self.path = where / f"{key_of(cell)}.json"
-        self.state = {"cell": cell, "pid": os.getpid(), "host": HOST, "device": os.environ.get("CUDA_VISIBLE_DEVICES"), "started": now()}
+        place = {"gpu": os.environ.get("CUDA_VISIBLE_DEVICES"), "threads": os.environ.get("OMP_NUM_THREADS")}
+        self.state = {"cell": cell, "pid": os.getpid(), "host": HOST, **place, "started": now()}
 
     def write(self, state: str, **more) -> None:
         self.state.update(state=state, ended=None if state == "running" else now(), **more)

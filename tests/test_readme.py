@@ -63,7 +63,7 @@ def test_make_targets_do_what_they_say(command, tmp_path, monkeypatch):
     (tmp_path / "ready").touch()
     plan = subprocess.run(shlex.split(command) + ["-n", "-o", ".venv/run.ready", "-o", ".venv/dev.ready"], cwd=ROOT, capture_output=True, text=True)
     assert plan.returncode == 0, plan.stderr
-    expected = {"run": "run.py", "test": "-m pytest", "figures": "-m experiments"}[command.split()[1]]
+    expected = {"run": "run.py", "test": "-m pytest", "figures": "-m experiments", "sweep-status": "kvq.status"}[command.split()[1]]
     assert expected in plan.stdout
     if expected == "run.py":
         arguments = plan.stdout.strip().splitlines()[-1].partition("run.py ")[2]

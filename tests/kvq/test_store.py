@@ -1,8 +1,11 @@
 """The calibration store: what comes back codes like what went in, and nothing foreign, damaged or pickled comes back."""
 
+import itertools
 import json
 import pickle
 import shutil
+import threading
+import time
 
 import pytest
 import torch
@@ -145,3 +148,63 @@ def test_the_code_that_fits_is_part_of_the_key():
 def test_a_buffer_that_does_not_belong_is_refused(name):
     with pytest.raises(ValueError, match=name):
         set_buffers(Table(), {name: torch.zeros(1)})
+
+
+FIELDS = {"quant": "other", "codec": {"bits": 3}, "model": {"content": "cd"}, "revision": "b", "tokens": 9, "text": "t2", "seed": 1, "code": "2"}
+FULL = {"quant": "table", "codec": {"bits": 2}, "model": {"content": "ab"}, "revision": None, "tokens": 8, "text": "t1", "seed": 0, "code": "1"}
+
+
+def test_a_foreign_entry_is_refused_in_every_combination_of_fields(tmp_path):
+    fit = Fit()
+    fetch(tmp_path / "a", fit, FULL)
+    for size in range(1, len(FIELDS) + 1):
+        for fields in itertools.combinations(sorted(FIELDS), size):
+            wanted = {**FULL, **{field: FIELDS[field] for field in fields}}
+            folder = tmp_path / "-".join(fields)
+            folder.mkdir()
+            shutil.copy(entry(tmp_path / "a"), store.path_of(wanted, folder))
+            with pytest.raises(Refusal) as refused:
+                fetch(folder, fit, wanted)
+            assert all(f"{field} ({FULL[field]}, wanted {FIELDS[field]})" in str(refused.value) for field in fields)
+    assert fit.calls == 1
+
+
+def test_every_flipped_byte_is_noticed(tmp_path):
+    fetch(tmp_path, Fit())
+    path = entry(tmp_path)
+    whole = path.read_bytes()
+    for at in range(0, len(whole), 3):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        try:
+            recipe, _ = store.read(path)
+        except store.Damaged:
+            continue
+        assert recipe != RECIPE, f"byte {at} of {len(whole)} went unnoticed"
+
+
+def test_of_two_that_want_the_same_one_fits_and_the_other_waits(tmp_path):
+    fit, results = Fit(), []
+
+    def slow():
+        time.sleep(0.5)
+        return fit()
+
+    threads = [threading.Thread(target=lambda: results.append(fetch(tmp_path, slow))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert fit.calls == 1 and [int(pairs[2][1].inner.levels) for pairs in results] == [4, 4, 4] and len(list(tmp_path.iterdir())) == 1
+
+
+def test_without_leave_to_fit_the_nearest_entry_is_named_by_its_differences(tmp_path):
+    def strict(recipe):
+        return store.fetch(make_pairs=make_pairs, fit=Fit(), recipe=recipe, folder=tmp_path, devices=["cpu"] * 3, may_fit=False)
+
+    with pytest.raises(Refusal, match="there is none of table at all.*calib-import"):
+        strict(FULL)
+    fetch(tmp_path, Fit(), {**FULL, "seed": 5})
+    fetch(tmp_path, Fit(), {**FULL, "seed": 5, "text": "t9", "code": "7"})
+    with pytest.raises(Refusal, match=r"the nearest, table-\w{8}\.safetensors, differs in seed"):
+        strict(FULL)
+    assert int(strict({**FULL, "seed": 5})[0][0].inner.levels) == 1
