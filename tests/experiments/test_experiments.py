@@ -38,13 +38,13 @@ def cells() -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize(("name", "task"), cells())
 def test_its_cells_run_fast(name, task, folder):
-    """The last value of every parameter of the sweep; the first that composes is the one that a mistyped key would stop."""
+    """The first value of every parameter of the sweep, every task; a mistyped key or an impossible budget would be refused."""
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
     from kvq.runner import run
 
-    chosen = {key: values[-1] for key, values in sweep(name).items()} | {"task": task}
+    chosen = {key: values[0] for key, values in sweep(name).items()} | {"task": task}
     words = [f"experiment={name}", "size=fast", *(f"{k}={v}" for k, v in chosen.items()), f"results={folder}/results", f"outputs={folder}/outputs"]
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
