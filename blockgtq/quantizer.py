@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kernels.paged import fuse
+from kernels.pages import Segment, Spec
 from kernels.rotate import haar
 from kernels.scalar import midpoints
 
@@ -147,6 +149,23 @@ class BlockGTQ(nn.Module):
         gain = load_norm(norm, self.norm_dtype)[:, 0][..., tables.group].transpose(1, 2)  # [B, H, T, D]
         x = (y * gain) @ tables.rotation
         return x if self.mean is None else x + self.mean[:, None]
+
+    def paged(self) -> Spec:
+        """The codec as kernels read it."""
+        tables = self._fitted()._tables
+        segments = tuple(Segment(head, start, size, width, book) for head, start, size, width, _, book in self.groups.tolist())
+        heads, dim = self.order.shape
+        return Spec(heads, dim, segments, self.levels, tables.rotation, self.mean, self._symbols, self._restore, log8=self.norm_dtype == "log8")
+
+    def fuse(self, value: nn.Module):
+        """Attention over packed codes with this value codec, or None where no kernel serves the pair."""
+        return fuse(self, value)
+
+    def _symbols(self, codes: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        return self._fitted()._tables.stream.unpack(codes["codes"]), codes["norm"][:, 0].transpose(1, 2)
+
+    def _restore(self, symbols: Tensor, sides: Tensor) -> dict[str, Tensor]:
+        return {"codes": self._fitted()._tables.stream.pack(symbols), "norm": sides.transpose(1, 2)[:, None].contiguous()}
 
     def _fitted(self) -> "BlockGTQ":
         if self.groups is None:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from kernels.bitpack import pack, packed_bytes, unpack
+from kernels.paged import fuse
+from kernels.pages import Segment, Spec
 from kernels.rotate import haar, hadamard, hadamard_signs
 from kernels.scalar import MAX_BITS, gaussian_levels, nearest, sphere_levels
 
@@ -133,6 +135,23 @@ class TurboQuantMSE(nn.Module):
         y = self.levels[unpack(packed, self.code_bits, dim)]
         x = self._unrotate(y) * load_norm(norm, self.norm_dtype)
         return x if self.mean is None else x + self.mean[:, None]
+
+    def paged(self) -> Spec:
+        """The codec as kernels read it."""
+        heads, dim = self._fitted()
+        segments = tuple(Segment(h, 0, dim, self.code_bits, 0) for h in range(heads))
+        rotation = None if self.rotation_kind == "none" else self._unrotate(torch.eye(dim, device=self.levels.device))[None]
+        return Spec(heads, dim, segments, self.levels, rotation, self.mean, self._symbols, self._restore, log8=self.norm_dtype == "log8")
+
+    def fuse(self, value: nn.Module):
+        """Attention over packed codes with this value codec, or None where no kernel serves the pair."""
+        return fuse(self, value)
+
+    def _symbols(self, codes: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        return unpack(codes["codes"], self.code_bits, self._fitted()[1]), codes["norm"].squeeze(-1)
+
+    def _restore(self, symbols: Tensor, sides: Tensor) -> dict[str, Tensor]:
+        return {"codes": pack(symbols, self.code_bits), "norm": sides.unsqueeze(-1)}
 
     def _rotate(self, x: Tensor) -> Tensor:
         if self.rotation_kind == "haar":

@@ -1,0 +1,31 @@
+"""Whether Triton serves a tensor, and how many programs fill the device."""
+
+import functools
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+ASM = not INTERPRET  # the interpreter knows no inline assembly; kernels have the same in plain Triton
+STAGES = 1
+VTILE = 32  # value channels decoded at a time
+LIMIT = {"maxnreg": 168}
+WARPS = 12  # single-warp programs that fit a multiprocessor at once (registers and shared memory)
+
+
+def use_triton(x: Tensor) -> bool:
+    """CUDA tensors, and any tensor under TRITON_INTERPRET=1."""
+    return (x.is_cuda or INTERPRET) and _installed()
+
+
+@functools.cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def programs(device: torch.device) -> int:
+    """Single-warp programs that run at once."""
+    return WARPS * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

@@ -1,0 +1,94 @@
+"""Kernel-level latency of decode attention: packed scalar caches beside fp16 through SDPA, in one run.
+
+python -m kernels.bench_paged --out rows.json            needs torch and triton alone
+Inputs are drawn at random; sets of inputs together exceed the L2 cache several times. Times include query rotation and merge.
+"""
+
+import argparse
+import datetime
+import json
+import sys
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from kernels import backend, paged, synthetic
+from kernels.timing import measure
+
+SHAPES = [(16, 2, 1, 8192), (16, 2, 1, 32768), (16, 2, 1, 131072), (16, 2, 1, 524288), (16, 2, 16, 32768),
+          (32, 8, 1, 8192), (32, 8, 1, 131072), (32, 8, 1, 524288), (32, 8, 16, 32768)]  # fmt: skip
+CACHES = {"tq_k3v3": (3, 3), "tq_k2v2": (2, 2), "blockgtq_k3v3": (3.0, 3), "blockgtq_k2v2": (2.0, 2), "int4": (4, 4)}
+DIM, COLD = 128, 256e6
+PEAK = 4.3e12  # bytes per second of a large copy on an H200, read and write counted
+
+
+def packed(name: str, heads: int, kv: int, batch: int, tokens: int, splits: int | None = None) -> dict:
+    """Median, 5 % and 95 % of one cache, with the bytes it reads."""
+    key, value = CACHES[name]
+    generator = torch.Generator().manual_seed(0)
+    widths = key if isinstance(key, int) else synthetic.draw_widths(kv, DIM // 2, key, 0.75, generator)
+    plain = name == "int4"
+    k, v = (synthetic.spec(kv, DIM, w, rotated=not plain, offset=plain, device="cuda") for w in (widths, value))
+    pair = paged.PagedAttention(k, v)
+    first = [synthetic.pages(s, batch, tokens) for s in (k, v)]
+    size = sum(x.bytes() for x in first)
+    sets = [first] + [[synthetic.pages(s, batch, tokens) for s in (k, v)] for _ in range(max(0, min(40, round(COLD / size)) - 1))]
+    query = torch.randn(batch, heads, DIM, device="cuda", dtype=torch.float16)
+    lengths = torch.full((batch,), tokens, dtype=torch.int32, device="cuda")
+    begin = torch.zeros_like(lengths)
+    times = measure(lambda i: pair.launch(query, *sets[i], lengths, begin, tokens, DIM**-0.5, splits), len(sets))
+    return {"times": times, "bytes": size}
+
+
+def exact(name: str, heads: int, kv: int, batch: int, tokens: int) -> dict:
+    """The same for an fp16 cache through one SDPA backend, KV heads shared, not copied."""
+    size = 2 * batch * kv * tokens * DIM * 2
+    count = max(1, min(40, round(COLD / size)))
+    sets = [[torch.randn(batch, kv, tokens, DIM, device="cuda", dtype=torch.float16) for _ in range(2)] for _ in range(count)]
+    query = torch.randn(batch, heads, 1, DIM, device="cuda", dtype=torch.float16)
+    with sdpa_kernel({"sdpa_flash": SDPBackend.FLASH_ATTENTION, "sdpa_cudnn": SDPBackend.CUDNN_ATTENTION}[name]):
+        times = measure(lambda i: scaled_dot_product_attention(query, *sets[i], enable_gqa=True), count)
+    return {"times": times, "bytes": size}
+
+
+def row(provider: str, shape: tuple, result: dict) -> dict:
+    heads, kv, batch, tokens = shape
+    median, low, high = result["times"]
+    base = {"kernel": "decode_attention", "provider": provider, "shape": f"q{heads} kv{kv} d{DIM} b{batch} t{tokens}"}
+    rate = result["bytes"] / median / 1e6  # terabytes per second
+    return {**base, "microseconds": round(median, 2), "p5": round(low, 2), "p95": round(high, 2), "bytes": result["bytes"], "tb_per_s": round(rate, 3),
+            "roofline": round(rate * 1e12 / PEAK, 3), "gpu": torch.cuda.get_device_name(), "torch": torch.__version__,
+            "triton": __import__("triton").__version__, "date": datetime.date.today().isoformat(), "command": "python -m kernels.bench_paged " + " ".join(sys.argv[1:])}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", required=True, help="JSON file for the rows")
+    parser.add_argument("--only", nargs="*", default=["sdpa_flash", "sdpa_cudnn", *CACHES])
+    parser.add_argument("--shapes", nargs="*", type=int, default=range(len(SHAPES)), help="indices into the list of shapes")
+    parser.add_argument("--stages", type=int, default=backend.STAGES)
+    parser.add_argument("--rows", type=int, default=paged._Tables.rows)
+    parser.add_argument("--per-sm", type=int, default=backend.WARPS, help="programs per multiprocessor")
+    parser.add_argument("--registers", type=int, default=backend.LIMIT.get("maxnreg", 0), help="most registers of a thread, 0 for no limit")
+    parser.add_argument("--vtile", type=int, default=backend.VTILE)
+    options = parser.parse_args()
+    backend.LIMIT, backend.VTILE = {"maxnreg": options.registers} if options.registers else {}, options.vtile
+    backend.STAGES, paged._Tables.rows, backend.WARPS = options.stages, options.rows, options.per_sm
+    rows = []
+    for shape in (SHAPES[i] for i in options.shapes):
+        for provider in options.only:
+            torch.cuda.empty_cache()
+            try:
+                result = (exact if provider.startswith("sdpa") else packed)(provider, *shape)
+            except Exception as error:  # a provider that cannot serve a shape has no row, and says so
+                print(shape, provider, type(error).__name__, str(error)[:200], flush=True)
+                continue
+            rows.append(row(provider, shape, result))
+            print(*shape, provider, f"{rows[-1]['microseconds']:.1f} us [{rows[-1]['p5']:.1f}, {rows[-1]['p95']:.1f}] {rows[-1]['tb_per_s']:.2f} TB/s", flush=True)
+    with open(options.out, "w") as file:
+        json.dump(rows, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""Decode attention over scalar codes in pages: the definition in torch, and the tables and launches of its Triton twin.
+
+Any key codec whose segments are 1 to 8 bits wide, any mixture per head; values at one width of 1 to 4 bits. Both may be rotated, centred,
+and carry a gain (and an offset) per token and segment. Head dimensions are multiples of 16.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from kernels import backend
+from kernels.attention import Part, attend
+from kernels.pages import PAGE, Layout, Pages, Spec
+
+TILE = 16  # channels in one step of a tensor core
+
+
+def fuse(key, value) -> "PagedAttention | None":
+    """Attention over the packed codes of two codecs that offer `paged()`, or None where no kernel serves them."""
+    if not hasattr(key, "paged") or not hasattr(value, "paged"):
+        return None
+    pair = [codec.paged() for codec in (key, value)]
+    return PagedAttention(*pair) if all(s is not None and s.dim % TILE == 0 for s in pair) and _uniform(pair[1]) and pair[1].segments[0].width <= 4 else None
+
+
+def _uniform(spec: Spec) -> bool:
+    """Whether every head is one segment of the same width and levels."""
+    return len(spec.segments) == spec.heads and len({s[1:] for s in spec.segments}) == 1
+
+
+def reconstruct(spec: Spec, symbols: Tensor, sides: Tensor) -> Tensor:
+    """float32 [B, H, T, D] from integer codes [B, H, T, D] and sides [B, R, T], as `Spec` defines them."""
+    stored = torch.where(sides == 0, 0.0, torch.exp2((sides.float() - 128) / 8)) if spec.log8 else sides.float()
+    x = torch.empty(symbols.shape, device=symbols.device)
+    for row, seg in enumerate(spec.segments):
+        here = slice(seg.start, seg.start + seg.size)
+        x[:, seg.head, :, here] = spec.levels[symbols[:, seg.head, :, here] + seg.book] * stored[:, row, :, None]
+        if spec.offset:
+            x[:, seg.head, :, here] += stored[:, len(spec.segments) + row, :, None]
+    x = x if spec.rotation is None else x @ spec.rotation
+    return x if spec.mean is None else x + spec.mean[:, None]
+
+
+class PagedAttention:
+    """The `Fused` of two scalar codecs. Split sizes and tables are made once; a call allocates its outputs and nothing else."""
+
+    def __init__(self, key: Spec, value: Spec):
+        self.specs, self.layouts = (key, value), (Layout(key), Layout(value))
+        self._tables = None
+
+    def held(self, index: int) -> Pages:
+        return Pages(self.specs[index], self.layouts[index])
+
+    def attend(self, query: Tensor, key: Pages, value: Pages, tokens: int, *, scale: float, first: Tensor | None = None, positions: Tensor | None = None) -> Part:
+        """As `kernels.attention.attend` over the first `tokens` tokens held; query [B, Hq, D]."""
+        if not backend.use_triton(query):
+            k, v = (reconstruct(p.spec, *p.symbols())[:, :, :tokens] for p in (key, value))
+            return attend(query, k, v, scale, first)
+        batch, device = query.shape[0], query.device
+        lengths = torch.full((batch,), tokens, dtype=torch.int32, device=device)
+        first = torch.zeros_like(lengths) if first is None else first.int()
+        return self.launch(query, key, value, lengths, first, tokens, scale)
+
+    def tables(self, device: torch.device) -> "_Tables":
+        if self._tables is None or self._tables.tiles.device != device:
+            self._tables = _Tables(*self.specs, self.layouts[0], device)
+        return self._tables
+
+    def launch(self, query: Tensor, key: Pages, value: Pages, lengths: Tensor, first: Tensor, longest: int, scale: float, splits: int | None = None) -> Part:
+        """The same with device-side lengths [B] int32 of at most `longest` tokens: nothing is read back, so it can be captured."""
+        from kernels import paged_triton as twin
+
+        table, (k, v) = self.tables(query.device), self.specs
+        batch, heads, dim, group = query.shape[0], k.heads, k.dim, query.shape[1] // k.heads
+        wide = max(8, 1 << (group - 1).bit_length())
+        rows, block = table.rows, 8 * table.rows
+        blocks = max(1, -(-longest // block))
+        splits = min(blocks, splits or max(1, backend.programs(query.device) // (batch * heads)))
+        per_split = -(-blocks // splits) * block
+        splits = max(1, -(-longest // per_split))
+        positions, pad = table.matrix.shape[1], 1 << (dim - 1).bit_length()
+        new = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device=query.device)  # noqa: E731
+        turned = new(batch, heads, positions, wide, dtype=torch.float32 if query.dtype == torch.float32 else torch.float16)
+        aux, out, stat = new(batch, heads, 2, wide), new(batch, heads, splits, wide, dim), new(batch, heads, splits, 2, wide)
+        merged, lse, output = new(batch, heads * group, dim), new(batch, heads * group), new(batch, heads * group, dim)
+        twin.rotate_query[(-(-positions // 32), batch * heads * wide)](
+            query, table.matrix, table.sums, turned, aux, scale * math.log2(math.e), heads, group, wide, positions, dim, pad, 32
+        )
+        twin.decode_split[(splits, heads, batch)](
+            turned, aux, key.words, key.sides, value.words, value.sides, table.tiles, table.groups, table.books, table.value_levels, table.shifts, first, lengths,
+            out, stat, key.words.stride(0), key.words.stride(1), key.sides.stride(0), key.sides.shape[2], value.words.stride(0), value.words.stride(1),
+            value.sides.stride(0), value.sides.shape[2], len(v.segments), len(k.segments), per_split,
+            heads, positions // TILE, table.groups.shape[1], k.segments[0].width if _uniform(k) and k.segments[0].width <= 4 else 0, v.segments[0].width, dim,
+            self.layouts[0].words, self.layouts[1].words, backend.VTILE if dim % 32 == 0 else 16, wide, rows, k.log8, v.log8, k.offset, v.offset, table.align, backend.ASM,
+            num_warps=1, num_stages=backend.STAGES, **backend.LIMIT,
+        )  # fmt: skip
+        every = max(16, 1 << (splits - 1).bit_length())
+        twin.merge_splits[(batch * heads * group, -(-dim // 32))](out, stat, merged, lse, splits, wide, group, dim, 32, every, min(every, 128))
+        twin.unrotate[(-(-dim // 32), batch * heads * group)](merged, table.back, table.mean, output, table.back.stride(0) if len(table.back) > 1 else 0, heads, group, dim, pad, 32)
+        return output, lse
+
+
+class _Tables:
+    """What the kernels look up, from the codecs' specifications."""
+
+    rows = 16  # rows of 8 tokens that a program reads at a time
+
+    def __init__(self, key: Spec, value: Spec, layout: Layout, device: torch.device):
+        eye = torch.eye(key.dim, device=key.levels.device)[None]
+        rotation = (eye if key.rotation is None else key.rotation).expand(key.heads, -1, -1).float()
+        by_head = [[(i, s) for i, s in enumerate(key.segments) if s.head == h] for h in range(key.heads)]
+        most = max(sum(-(-s.size // TILE) for _, s in segs) for segs in by_head)
+        tiles = torch.zeros(key.heads, most, 16, dtype=torch.int32)
+        groups = torch.zeros(key.heads, max(map(len, by_head)), 4, dtype=torch.int32)
+        self.matrix = torch.zeros(key.heads, most * TILE, key.dim, device=device)
+        books = key.levels.half().cpu()
+        for head, segs in enumerate(by_head):
+            at = 0
+            groups[head, :, 0] = groups[head, :, 1] = 0
+            for number, (row, seg) in enumerate(segs):
+                begin = at
+                for start in range(0, seg.size, TILE):
+                    size = min(TILE, seg.size - start)
+                    tiles[head, at, :4] = torch.tensor([seg.width, layout.bases[row] + start, seg.size, seg.book])
+                    tiles[head, at, 8:] = level_bytes(books[seg.book :][: 2 ** min(seg.width, 4)])
+                    self.matrix[head, at * TILE : at * TILE + size] = rotation[head, seg.start + start : seg.start + start + size]
+                    at += 1
+                groups[head, number] = torch.tensor([begin, at, row, 0])
+            groups[head, len(segs) :, 2] = segs[0][0]  # a group without tiles adds zero times any gain
+        self.align = 2 if all(s.size % 2 == 0 for s in key.segments) else 1  # RoPE blocks are pairs of channels
+        mean = torch.zeros(key.heads, key.dim) if key.mean is None else key.mean
+        self.sums = torch.stack([mean.to(device), self.matrix.sum(1)], 1).contiguous()
+        self.tiles, self.groups, self.books = tiles.to(device), groups.to(device), books.to(device)
+        width = value.segments[0].width
+        self.value_levels = level_bytes(value.levels[value.segments[0].book :][: 2**width].half().cpu()).to(device)
+        self.back = (eye if value.rotation is None else value.rotation).to(device).mT.contiguous()
+        self.mean = (torch.zeros(value.heads, value.dim) if value.mean is None else value.mean).to(device).contiguous()
+        row = torch.arange(self.rows)
+        self.shifts = torch.cat([row % 2 * 2, row % PAGE % 4]).to(device, torch.int32)
+
+
+def level_bytes(levels: Tensor) -> Tensor:
+    """Up to 16 float16 levels as int32 [8]: four words of high bytes, four of low bytes, level 4 i + k in byte k of word i."""
+    bits = torch.nn.functional.pad(levels.view(torch.int16).long() & 0xFFFF, (0, 16 - len(levels))).view(4, 4)
+    shift = 8 * torch.arange(4)
+    return torch.cat([(part << shift).sum(1) for part in (bits >> 8, bits & 255)]).to(torch.int32)

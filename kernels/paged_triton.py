@@ -1,0 +1,219 @@
+"""Triton: decode attention over pages of scalar codes, all heads in one launch, split over tokens; then the merge.
+
+A program is one warp with ROWS rows of 8 tokens: row r of a word tile is tokens 8 r + j for j = 0..7 (`kernels.pages`). Keys are the left
+operand of the scores S_j = K_j q^T [ROWS, G], q rotated once before; values are the left operand of O^T += V_j^T P_j, in rotated space.
+Eight of everything (one per j) is a tuple. `tiles` [H, TILES, 16] int32: width, first word, channels, level offset, 4 unused, 8 words of
+level bytes; `groups` [H, GROUPS, 4]: first tile, last + 1, row of sides. A tile that ends inside another segment meets zeros in q.
+"""
+
+import triton
+import triton.language as tl
+
+from kernels.nibbles_triton import levels, nibbles, table
+
+
+@triton.jit
+def _dots(y, q, s):
+    total = ()
+    for j in tl.static_range(8):
+        total = total + (tl.dot(y[j].to(q.dtype), q, s[j], input_precision="ieee"),)
+    return total
+
+
+@triton.jit
+def _narrow(base, first, n, words, half, full, turn, slot, q, s, WIDTH: tl.constexpr, ASM: tl.constexpr):
+    word = nibbles(base + first, half * n + full, full, turn, slot, n, WIDTH)
+    return _dots(levels(word, words, WIDTH, ASM), q, s)
+
+
+@triton.jit
+def _wide(base, first, n, half, full, turn, slot, q, books, width, s):
+    """Widths 5 to 8: rare, so their levels are gathered from memory."""
+    base += first
+    low = nibbles(base, half * n + full, full, turn, slot, n, 4)
+    high = tl.zeros_like(low)
+    if width > 5:
+        high += (tl.load(base + half * n + full + 4 * n) >> turn) & 0x33333333
+    if width == 8:
+        high += ((tl.load(base + half * n + full + 6 * n) >> turn) & 0x33333333) * 4
+    if width % 2 == 1:
+        high += ((tl.load(base + full + (width - 1) * n) >> slot) & 0x11111111) * tl.where(width == 7, 4, 1)
+    y = ()
+    for j in tl.static_range(8):
+        y = y + (tl.load(books + (((low >> (4 * j)) & 15) | (((high >> (4 * j)) & 15) << 4))),)
+    return _dots(y, q, s)
+
+
+@triton.jit
+def side(at, mask, LOG8: tl.constexpr):
+    """Gains or offsets in float32, 0 where masked: a page begun holds anything behind its last token."""
+    stored = tl.load(at, mask=mask, other=0)
+    if LOG8:
+        return tl.where(stored == 0, 0.0, tl.exp2((stored.to(tl.float32) - 128.0) * 0.125))
+    return stored.to(tl.float32)
+
+
+@triton.jit
+def _scores(
+    base, tiles, begin, end, half, full, turn, slot, query, books,
+    WIDTH: tl.constexpr, TILES: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, ALIGN: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """Scores of one segment, without its gain: WIDTH > 0 is the one segment of every head, 0 reads widths from the table."""
+    zero = tl.zeros([ROWS, G], tl.float32)
+    s = (zero, zero, zero, zero, zero, zero, zero, zero)
+    q_at = query + tl.arange(0, 16)[:, None] * G + tl.arange(0, G)[None, :]
+    if WIDTH > 0:
+        words = table(tiles + 8)
+        for t in tl.static_range(TILES):
+            s = _narrow(base, t * 16, TILES * 16, words, half, full, turn, slot, tl.load(q_at + t * 16 * G), s, WIDTH, ASM)
+        return s
+    for t in range(begin, end):
+        at, q = tiles + t * 16, tl.load(q_at + t * 16 * G)
+        width, words = tl.load(at), table(at + 8)
+        first, n = tl.multiple_of(tl.load(at + 1), ALIGN), tl.multiple_of(tl.load(at + 2), ALIGN)
+        if width == 3:
+            s = _narrow(base, first, n, words, half, full, turn, slot, q, s, 3, ASM)
+        elif width == 2:
+            s = _narrow(base, first, n, words, half, full, turn, slot, q, s, 2, ASM)
+        elif width == 4:
+            s = _narrow(base, first, n, words, half, full, turn, slot, q, s, 4, ASM)
+        elif width == 1:
+            s = _narrow(base, first, n, words, half, full, turn, slot, q, s, 1, ASM)
+        else:
+            s = _wide(base, first, n, half, full, turn, slot, q, books + tl.load(at + 3), width, s)
+    return s
+
+
+@triton.jit
+def decode_split(
+    query, aux, key_words, key_sides, value_words, value_sides, tiles, groups, books, value_table, shifts, first_visible, lengths, out, stat,
+    kb, kh, kb_side, key_rows, vb, vh, vb_side, value_rows, value_offset_row, key_offset_row, tokens_per_split,
+    HEADS: tl.constexpr, TILES: tl.constexpr, GROUPS: tl.constexpr, KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, DIM: tl.constexpr,
+    KEY_PAGE: tl.constexpr, VALUE_PAGE: tl.constexpr, VTILE: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, KEY_LOG8: tl.constexpr,
+    VALUE_LOG8: tl.constexpr, KEY_OFFSET: tl.constexpr, VALUE_OFFSET: tl.constexpr, ALIGN: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """out [B, H, splits, G, DIM], stat [B, H, splits, 2, G] float32: unnormalized outputs, maxima (base 2) and masses."""
+    split, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    length, visible = tl.load(lengths + batch), tl.load(first_visible + batch)
+    low, high = split * tokens_per_split, tl.minimum((split + 1) * tokens_per_split, length)
+    row, group = tl.arange(0, ROWS), tl.arange(0, G)
+    col, chan = tl.arange(0, 16), tl.arange(0, VTILE)
+    query += (batch * HEADS + head) * TILES * 16 * G
+    aux += (batch * HEADS + head) * 2 * G + group
+    key_words += batch * kb + head * kh
+    value_words += batch * vb + head * vh
+    key_sides += batch * kb_side
+    value_sides += batch * vb_side
+    tiles += head * TILES * 16
+    groups += head * GROUPS * 4
+    value_levels = table(value_table)
+    within = row % 4
+    half, turn, slot = within // 2, tl.load(shifts + row), tl.load(shifts + ROWS + row)
+    bias, query_sum = tl.load(aux), tl.load(aux + G)
+    top, mass, moved = tl.full([G], float("-inf"), tl.float32), tl.zeros([G], tl.float32), tl.zeros([G], tl.float32)
+    zero = tl.zeros([VTILE, G], tl.float32)
+    o = (zero,) * (DIM // VTILE)
+    for start in range(low, high, 8 * ROWS):
+        rows = start // 8 + row
+        page = (rows // 4).to(tl.int64)
+        token = rows * 8
+        key_full = (page * KEY_PAGE)[:, None] + col[None, :]
+        key_side = key_sides + page * key_rows * 32 + within * 8
+        value_side = value_sides + (page * value_rows + head) * 32 + within * 8
+        t = ()
+        for j in tl.static_range(8):
+            t = t + (tl.zeros([ROWS, G], tl.float32) + bias[None, :],)
+        for g in range(GROUPS):
+            begin, end, at = tl.load(groups + g * 4), tl.load(groups + g * 4 + 1), tl.load(groups + g * 4 + 2)
+            s = _scores(key_words, tiles, begin, end, half[:, None], key_full, turn[:, None], slot[:, None], query, books, KEY_WIDTH, TILES, G, ROWS, ALIGN, ASM)
+            n = ()
+            for j in tl.static_range(8):
+                n = n + (t[j] + s[j] * side(key_side + at * 32 + j, token + j < high, KEY_LOG8)[:, None],)
+            t = n
+        peak = top
+        s = ()
+        for j in tl.static_range(8):
+            x = t[j]
+            if KEY_OFFSET:
+                x += side(key_side + (key_offset_row + head) * 32 + j, token + j < high, False)[:, None] * query_sum[None, :]
+            x = tl.where(((token + j < high) & (token + j >= visible))[:, None], x, float("-inf"))
+            s = s + (x,)
+            peak = tl.maximum(peak, tl.max(x, 0))
+        anchor = tl.where(peak == float("-inf"), 0.0, peak)
+        decay = tl.exp2(top - anchor)
+        mass, moved, top = mass * decay, moved * decay, peak
+        p = ()
+        for j in tl.static_range(8):
+            w = tl.exp2(s[j] - anchor[None, :])
+            mass += tl.sum(w, 0)
+            if VALUE_OFFSET:
+                moved += tl.sum(w * side(value_side + value_offset_row * 32 + j, token + j < high, False)[:, None], 0)
+            p = p + ((w * side(value_side + j, token + j < high, VALUE_LOG8)[:, None]).to(query.dtype.element_ty),)
+        full = (page * VALUE_PAGE)[None, :] + chan[:, None]
+        n = ()
+        for d in tl.static_range(DIM // VTILE):
+            word = nibbles(value_words + d * VTILE, half[None, :] * DIM + full, full, turn[None, :], slot[None, :], DIM, VALUE_WIDTH)
+            y = levels(word, value_levels, VALUE_WIDTH, ASM)
+            x = o[d] * decay[None, :]
+            for j in tl.static_range(8):
+                x = tl.dot(y[j].to(p[j].dtype), p[j], x, input_precision="ieee")
+            n = n + (x,)
+        o = n
+    place = (batch * HEADS + head) * tl.num_programs(0) + split
+    for d in tl.static_range(DIM // VTILE):
+        tl.store(out + (place * G + group[None, :]) * DIM + d * VTILE + chan[:, None], o[d] + moved[None, :])
+    tl.store(stat + place * 2 * G + group, top)
+    tl.store(stat + (place * 2 + 1) * G + group, mass)
+
+
+@triton.jit
+def rotate_query(
+    query, matrix, sums, out, aux, scale,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, DPAD: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """query [B, H GROUP, D] to stored positions [B, H, ROWS, G], scaled; aux [B, H, 2, G]: query times key mean, sum of the rotated query."""
+    block, place = tl.program_id(0), tl.program_id(1)
+    head, group = place // G % HEADS, place % G
+    batch = place // (G * HEADS)
+    d, row = tl.arange(0, DPAD), block * TILE + tl.arange(0, TILE)
+    at = (batch * HEADS + head) * GROUP + group
+    q = tl.load(query + at * DIM + d, mask=d < tl.where(group < GROUP, DIM, 0), other=0).to(tl.float32) * scale
+    r = tl.load(matrix + (head * ROWS + row)[:, None] * DIM + d[None, :], mask=(row < ROWS)[:, None] & (d < DIM)[None, :], other=0)
+    turned = tl.sum(r * q[None, :], 1)
+    tl.store(out + ((batch * HEADS + head) * ROWS + row) * G + group, turned.to(out.dtype.element_ty), mask=row < ROWS)
+    if block == 0:
+        for i in tl.static_range(2):
+            tl.store(aux + ((batch * HEADS + head) * 2 + i) * G + group, tl.sum(tl.load(sums + (head * 2 + i) * DIM + d, mask=d < DIM, other=0) * q, 0))
+
+
+@triton.jit
+def merge_splits(out, stat, merged, lse, splits, G: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, TILE: tl.constexpr, ALL: tl.constexpr, STEP: tl.constexpr):
+    """Weighted mean of the splits' outputs: merged [B, H GROUP, DIM] in stored positions; lse [B, H GROUP], natural logarithm."""
+    place, g = tl.program_id(0).to(tl.int64) // GROUP, tl.program_id(0) % GROUP
+    chan, part, every = tl.program_id(1) * TILE + tl.arange(0, TILE), tl.arange(0, STEP), tl.arange(0, ALL)
+    stat += place * splits * 2 * G + g
+    out += (place * splits * G + g) * DIM
+    tops = tl.load(stat + every * 2 * G, mask=every < splits, other=float("-inf"))
+    peak = tl.max(tops, 0)
+    anchor = tl.where(peak == float("-inf"), 0.0, peak)
+    mass = tl.sum(tl.exp2(tops - anchor) * tl.load(stat + every * 2 * G + G, mask=every < splits, other=0), 0)
+    total = tl.zeros([TILE], tl.float32)
+    for first in range(0, splits, STEP):
+        split = first + part
+        weight = tl.exp2(tl.load(stat + split * 2 * G, mask=split < splits, other=float("-inf")) - anchor)
+        x = tl.load(out + split[:, None] * (G * DIM) + chan[None, :], mask=(split < splits)[:, None] & (chan < DIM)[None, :], other=0)
+        total += tl.sum(x * weight[:, None], 0)
+    tl.store(merged + tl.program_id(0).to(tl.int64) * DIM + chan, total / tl.where(mass == 0, 1.0, mass), mask=chan < DIM)
+    if tl.program_id(1) == 0:
+        tl.store(lse + tl.program_id(0), tl.where(mass == 0, float("-inf"), (anchor + tl.log2(mass)) * 0.6931471805599453))
+
+
+@triton.jit
+def unrotate(merged, matrix, mean, output, head_stride, HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DPAD: tl.constexpr, TILE: tl.constexpr):
+    """output [B, H GROUP, D] = merged @ rotation + mean; matrix [H or 1, D, D] transposed (row: channel), mean [H, D]."""
+    block, place = tl.program_id(0), tl.program_id(1)
+    head = place // GROUP % HEADS
+    c, d = tl.arange(0, DPAD), block * TILE + tl.arange(0, TILE)
+    x = tl.load(merged + place * DIM + c, mask=c < DIM, other=0)
+    r = tl.load(matrix + head * head_stride + d[:, None] * DIM + c[None, :], mask=(c < DIM)[None, :] & (d < DIM)[:, None], other=0)
+    tl.store(output + place * DIM + d, tl.sum(r * x[None, :], 1) + tl.load(mean + head * DIM + d, mask=d < DIM, other=0), mask=d < DIM)

@@ -1,0 +1,60 @@
+"""Random scalar caches of any shape, without a model or a codec: what kernel tests and kernel timings read."""
+
+import torch
+
+from kernels.pages import PAGE, Layout, Pages, Segment, Spec, room
+from kernels.rotate import haar
+from kernels.scalar import gaussian_levels
+
+
+def draw_widths(heads: int, blocks: int, bits: float, spread: float, generator: torch.Generator) -> list[list[int]]:
+    """Widths of RoPE blocks [H][L], 1 to 8, each head spending exactly int(blocks * bits): greedy over log-normal energies.
+
+    spread: standard deviation of half the log2 energies; 0.75 gives the histograms of arXiv 2606.24033, Table 8.
+    """
+    widths = []
+    for _ in range(heads):
+        energy = 2 ** (2 * spread * torch.randn(blocks, generator=generator))
+        width = torch.ones(blocks, dtype=torch.long)
+        for _ in range(int(blocks * bits) - blocks):
+            gain = energy * 4.0 ** -width
+            gain[width == 8] = -1
+            width[gain.argmax()] += 1
+        widths.append(width.tolist())
+    return widths
+
+
+def spec(heads: int, dim: int, widths: list[list[int]] | int, *, rotated=True, centred=False, log8=False, offset=False, device="cpu") -> Spec:
+    """A specification with levels of N(0, 1); widths: one for all channels, or one per RoPE block, grouped as Block-GTQ does."""
+    segments, levels, books = [], [], {}
+    for head in range(heads):
+        row = [widths] * (dim // 2) if isinstance(widths, int) else widths[head]
+        start = 0
+        for width in sorted(set(row)):
+            if width not in books:
+                books[width] = sum(map(len, levels))
+                levels.append(gaussian_levels(width).float())
+            size = 2 * row.count(width)
+            segments.append(Segment(head, start, size, width, books[width]))
+            start += size
+    rotation = torch.stack([haar(dim, head) for head in range(heads)]) if rotated else None
+    mean = torch.linspace(-1, 1, heads * dim).view(heads, dim) if centred else None
+    move = lambda x: None if x is None else x.to(device)  # noqa: E731
+    return Spec(heads, dim, tuple(segments), move(torch.cat(levels)), move(rotation), move(mean), None, None, log8=log8, offset=offset)
+
+
+def pages(spec: Spec, batch: int, tokens: int, generator: torch.Generator | None = None) -> Pages:
+    """Pages of random bits; with a CPU generator reproducible on any device, without one drawn where they lie."""
+    held, count, device = Pages(spec, Layout(spec)), -(-tokens // PAGE), spec.levels.device
+    rows = len(spec.segments) * (2 if spec.offset else 1)
+    where = device if generator is None else "cpu"
+    shape = batch, spec.heads, count, held.layout.words
+    held.words = room(*shape, device=device)
+    held.words.copy_(torch.randint(-(2**31), 2**31 - 1, shape, generator=generator, device=where, dtype=torch.int32))
+    side = batch, count, rows, PAGE
+    if spec.log8:
+        held.sides = torch.randint(100, 150, side, generator=generator, device=where, dtype=torch.uint8).to(device)
+    else:
+        held.sides = (0.5 + torch.rand(side, generator=generator, device=where)).to(device, torch.float16)
+    held.tokens = tokens
+    return held
