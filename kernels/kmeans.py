@@ -40,8 +40,7 @@ def nearest(x: Tensor, entries: Tensor, *, cosine: bool = False) -> tuple[Tensor
     With `cosine` the norms of the entries are ignored and the score is x.c. Ties go to either entry. Both are float32 on a CPU;
     on CUDA x is float16, bfloat16 or float32 and the product is taken in its precision (float32: tf32) with entries rounded to it.
     """
-    rounded = entries.to(x.dtype).float()
-    bias = torch.zeros_like(rounded[..., 0]) if cosine else rounded.square().sum(-1) * -0.5
+    bias = torch.zeros_like(entries[..., 0]) if cosine else _bias(x, entries)
     if x.is_cuda:
         from kernels import kmeans_triton
 
@@ -61,7 +60,7 @@ def nearest(x: Tensor, entries: Tensor, *, cosine: bool = False) -> tuple[Tensor
 def sums(x: Tensor, weights: Tensor, labels: Tensor, entries: int) -> tuple[Tensor, Tensor]:
     """Per entry, the summed weight [..., G, K] and the weighted sum of its members [..., G, K, D], in float32.
 
-    x [G, N, D], labels [G, N] integers, weights [G, N] or several weightings [S, G, N] of the same members (S = 1 or 2 on CUDA).
+    x [G, N, D], labels [G, N] integers, weights [G, N] or several weightings [S, G, N] of the same members (S up to 8 on CUDA).
     Equal inputs give equal bits: members are added in the order of a stable sort, never by atomics.
     """
     several = weights.reshape(-1, *labels.shape)
@@ -153,14 +152,20 @@ def cluster(
     best, lowest, units = centres.clone(), [float("inf")] * groups, unit.square().flatten().tolist()
     objective, reseeded, active = [[] for _ in range(groups)], [0] * groups, list(range(groups))
     for done in range(rounds + 1):
-        still = [bool(moved) for moved in facts[1]]
+        still, better = [bool(moved) for moved in facts[1]], []
         for i, (group, total) in enumerate(zip(active, facts[0], strict=True)):
             objective[group].append(total * units[group])
             gain = lowest[group] - total
-            if gain > 0:
-                best[group], lowest[group] = centres[i], total
+            better.append(gain > 0)
+            lowest[group] = min(lowest[group], total)
             if tolerance > 0 and done > 0 and gain <= tolerance * total:
                 still[i] = False
+        if all(better) and len(active) == groups:
+            best = centres
+        else:
+            for i, group in enumerate(active):
+                if better[i]:
+                    best[group] = centres[i]
         if done == rounds or not any(still):
             break
         if not all(still):
@@ -220,14 +225,24 @@ def _compact(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x / unit).half(), unit
 
 
+def _bias(x: Tensor, entries: Tensor) -> Tensor:
+    return entries.to(x.dtype).float().square().sum(-1) * -0.5
+
+
 def _assess(data: tuple[Tensor, ...], squares: Tensor, centres: Tensor, before: Tensor | None = None, holes: Tensor | None = None):
-    """Labels, weighted squared errors [G, N], and lists of [total error, labels that changed, empty entries] per group."""
-    labels, scores = nearest(data[0], centres)
-    errors = data[1] * (squares - 2 * scores).clamp_min(0)
-    totals = errors.sum(1, dtype=torch.float64)
-    changed = torch.ones_like(totals) if before is None else (labels != before).sum(1)
-    empty = torch.zeros_like(totals) if holes is None else holes.sum(1)
-    return labels, errors, torch.stack([totals, changed.double(), empty.double()]).tolist()
+    """Labels, weighted squared errors [G, N], and lists over groups: total error, number of labels that changed, empty entries."""
+    x, weights, _ = data
+    if x.is_cuda:
+        from kernels import kmeans_triton
+
+        labels, errors, facts = kmeans_triton.assess(x, centres, _bias(x, centres), weights, squares, before)
+    else:
+        labels, scores = nearest(x, centres)
+        errors = weights * (squares - 2 * scores).clamp_min(0)
+        changed = labels != (-1 if before is None else before)
+        facts = torch.stack([errors.sum(1, dtype=torch.float64), changed.sum(1).double()], 1)
+    empty = torch.zeros(len(x), 1, device=x.device) if holes is None else holes.sum(1, keepdim=True)
+    return labels, errors, torch.cat([facts, empty], 1).T.tolist()
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:

@@ -9,126 +9,148 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS = 32  # members a program of `_segment` gathers at once
-SHARE = 512  # members that one program should get on average; a populous entry is split into fixed shares
-WHOLE = 256  # widest vector that stays in registers while the entries stream past
-
-# (rows, entries, warps, stages) of an assignment tile by element size; measured on an H200 (kernels/NOTES.md)
-TILES = {2: (128, 128, 8, 3), 4: (128, 64, 8, 3)}
+WHOLE = 512  # bytes of the widest vector that stays while the entries stream past
+# (vectors, entries, warps, stages) of an assignment tile, measured on an H200 (kernels/NOTES.md); wider vectors are read in parts
+TILE, WIDE = (256, 64, 8, 3), (128, 64, 8, 2)
+GATHER = (32, 4, 2, 256)  # members gathered at once, warps, stages, members a program should get on average (populous entries are split)
 
 
 @triton.jit
 def _assign(
-    x, c, bias, labels, scores, n, k,
-    D: tl.constexpr, BD: tl.constexpr, DEPTH: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    x, c, bias, weights, squares, before, labels, scores, facts, n, k,
+    D: tl.constexpr, BD: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr, ASSESS: tl.constexpr, AGAIN: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     group = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
-    d = tl.arange(0, BD)
+    columns, d = tl.arange(0, BK), tl.arange(0, BD)
+    inside = rows < n
     own, entry = x + group * n * D + rows[:, None].to(tl.int64) * D, c + group * k * D
-    inside = rows[:, None] < n
-    columns = tl.arange(0, BK)
-    best = tl.full([BN, BK], float("-inf"), tl.float32)
-    place = tl.zeros([BN, BK], tl.int32)
-    if DEPTH == 1:
-        tile = tl.load(own + d[None, :], mask=inside & (d[None, :] < D), other=0.0)
-    for first in tl.range(0, k, BK, num_stages=STAGES):
-        at = first + columns
-        real = at[None, :] < k
-        if DEPTH == 1:
-            table = tl.load(entry + at[None, :] * D + d[:, None], mask=real & (d[:, None] < D), other=0.0)
-            product = tl.dot(tile, table, input_precision=PRECISION)
-        else:
-            product = tl.zeros([BN, BK], tl.float32)
-            for part in tl.static_range(DEPTH):
-                e = part * BD + d
-                some = tl.load(own + e[None, :], mask=inside & (e[None, :] < D), other=0.0)
-                table = tl.load(entry + at[None, :] * D + e[:, None], mask=real & (e[:, None] < D), other=0.0)
-                product = tl.dot(some, table, product, input_precision=PRECISION)
-        score = product + tl.load(bias + group * k + at, mask=at < k, other=float("-inf"))[None, :]
-        better = score > best
-        best = tl.where(better, score, best)
-        place = tl.where(better, first, place)
-    top = tl.max(best, 1)
-    label = tl.min(tl.where(best == top[:, None], place + columns[None, :], k - 1), 1)
+    best, label = tl.full([BN], float("-inf"), tl.float32), tl.zeros([BN], tl.int32)
+    if DEPTH == 1:  # the vectors stay, the entries stream past
+        tile = tl.load(own + d[None, :], mask=inside[:, None] & (d[None, :] < D), other=0.0)
+        for first in tl.range(0, k, BK, num_stages=STAGES):
+            at = first + columns
+            if EVEN:
+                table, offset = tl.load(entry + at[None, :] * D + d[:, None]), tl.load(bias + group * k + at)
+            else:
+                table = tl.load(entry + at[None, :] * D + d[:, None], mask=(at[None, :] < k) & (d[:, None] < D), other=0.0)
+                offset = tl.load(bias + group * k + at, mask=at < k, other=float("-inf"))
+            score = tl.dot(tile, table, input_precision="tf32") + offset[None, :]
+            top, place = tl.max(score, 1, return_indices=True, return_indices_tie_break_left=False)
+            label = tl.where(top > best, first + place, label)
+            best = tl.maximum(best, top)
+    else:
+        for first in range(0, k, BK):
+            at = first + columns
+            score = tl.zeros([BN, BK], tl.float32) + tl.load(bias + group * k + at, mask=at < k, other=float("-inf"))[None, :]
+            for part in tl.range(0, DEPTH * BD, BD, num_stages=STAGES):
+                e = part + d
+                some = tl.load(own + e[None, :], mask=inside[:, None] & (e[None, :] < D), other=0.0)
+                table = tl.load(entry + at[None, :] * D + e[:, None], mask=(at[None, :] < k) & (e[:, None] < D), other=0.0)
+                score = tl.dot(some, table, score, input_precision="tf32")
+            top, place = tl.max(score, 1, return_indices=True, return_indices_tie_break_left=False)
+            label = tl.where(top > best, first + place, label)
+            best = tl.maximum(best, top)
     out = group * n + rows
-    tl.store(labels + out, label, mask=rows < n)
-    tl.store(scores + out, top, mask=rows < n)
+    if ASSESS:  # scores become weighted squared errors, summed per tile beside the number of labels that changed
+        best = tl.load(weights + out, mask=inside, other=0.0) * tl.maximum(tl.load(squares + out, mask=inside, other=0.0) - 2 * best, 0.0)
+        changed = inside
+        if AGAIN:
+            changed = inside & (tl.load(before + out, mask=inside, other=0) != label)
+        place = facts + (group * tl.num_programs(0) + tl.program_id(0)) * 2
+        tl.store(place, tl.sum(tl.where(inside, best, 0.0), 0))
+        tl.store(place + 1, tl.sum(changed.to(tl.float32), 0))
+    tl.store(labels + out, label, mask=inside)
+    tl.store(scores + out, best, mask=inside)
 
 
 @triton.jit
-def _segment(
+def _gather(
     x, pull, order, bounds, total, mass, entries,
-    D: tl.constexpr, BD: tl.constexpr, WEIGHTINGS: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, WEIGHTINGS: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    # Tensor cores add the members: [16, ROWS] weights times [ROWS, D] vectors, no reduction between threads. A weight goes in as the
+    # sum of two tf32 parts, in rows 2s and 2s + 1, and float16 is exact in tf32, so the sums are those of float32 arithmetic.
     entry, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     begin, end = tl.load(bounds + entry), tl.load(bounds + entry + 1)
     share = tl.cdiv(end - begin, SPLITS)
     begin += split * share
     end = tl.minimum(end, begin + share)
-    d, r = tl.arange(0, BD), tl.arange(0, ROWS)
-    first = tl.zeros([ROWS, BD], tl.float32)
-    first_mass = tl.zeros([ROWS], tl.float32)
-    second, second_mass = first, first_mass
-    for at in tl.range(begin, end, ROWS, num_stages=2):
+    d, r, s = tl.arange(0, BD), tl.arange(0, ROWS), tl.arange(0, 16)
+    sums, weight = tl.zeros([16, BD], tl.float32), tl.zeros([16, ROWS], tl.float32)
+    for at in tl.range(begin, end, ROWS, num_stages=STAGES):
         live = at + r < end
         row = tl.load(order + at + r, mask=live, other=0)
         vector = tl.load(x + row[:, None] * D + d[None, :], mask=live[:, None] & (d[None, :] < D), other=0.0).to(tl.float32)
-        weight = tl.load(pull + row * WEIGHTINGS, mask=live, other=0.0)
-        first += weight[:, None] * vector
-        first_mass += weight
-        if WEIGHTINGS == 2:
-            weight = tl.load(pull + row * WEIGHTINGS + 1, mask=live, other=0.0)
-            second += weight[:, None] * vector
-            second_mass += weight
-    out = split * WEIGHTINGS * entries + entry
-    tl.store(total + out * D + d, tl.sum(first, 0), mask=d < D)
-    tl.store(mass + out, tl.sum(first_mass, 0))
-    if WEIGHTINGS == 2:
-        tl.store(total + (out + entries) * D + d, tl.sum(second, 0), mask=d < D)
-        tl.store(mass + out + entries, tl.sum(second_mass, 0))
+        own = tl.load(pull + row[None, :] * WEIGHTINGS + (s // 2)[:, None], mask=live[None, :] & (s[:, None] < 2 * WEIGHTINGS), other=0.0)
+        high = (own.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+        part = tl.where((s % 2 == 0)[:, None], high, own - high)
+        sums = tl.dot(part, vector, sums, input_precision=PRECISION)
+        weight += part
+    out = (split * WEIGHTINGS + tl.arange(0, 8)).to(tl.int64) * entries + entry
+    kept = tl.arange(0, 8) < WEIGHTINGS
+    tl.store(total + out[:, None] * D + d[None, :], tl.sum(tl.reshape(sums, [8, 2, BD]), 1), mask=kept[:, None] & (d[None, :] < D))
+    tl.store(mass + out, tl.sum(tl.reshape(tl.sum(weight, 1), [8, 2]), 1), mask=kept)
 
 
-def nearest(x: Tensor, entries: Tensor, bias: Tensor, tile: tuple[int, int, int, int] | None = None) -> tuple[Tensor, Tensor]:
-    """Index int32 [G, N] of the entry with the largest x.c + bias and that score, float32 [G, N]; a tie goes to the lower index.
+def nearest(x: Tensor, entries: Tensor, bias: Tensor, tile: tuple[int, int, int, int] = TILE) -> tuple[Tensor, Tensor]:
+    """Index int32 [G, N] of the entry with the largest x.c + bias and that score, float32 [G, N].
 
     x [G, N, D] float16, bfloat16 or float32; entries [G, K, D], rounded to the dtype of x; bias [G, K] float32.
     """
-    groups, n, width = x.shape
-    x, entries, bias = x.contiguous(), entries.to(x.dtype).contiguous(), bias.contiguous()
-    labels, scores = torch.empty(groups, n, dtype=torch.int32, device=x.device), torch.empty(groups, n, device=x.device)
-    block = max(16, triton.next_power_of_2(width))
-    depth = 1
-    if block > WHOLE // (x.element_size() // 2):
-        block = 64
-        depth = triton.cdiv(width, block)
-    rows, columns, warps, stages = tile or TILES[x.element_size()]
-    columns = min(columns, max(16, triton.next_power_of_2(entries.shape[1])))
-    _assign[triton.cdiv(n, rows), groups](
-        x, entries, bias, labels, scores, n, entries.shape[1],
-        D=width, BD=block, DEPTH=depth, BN=rows, BK=columns, STAGES=stages, PRECISION="tf32", num_warps=warps,
-    )  # fmt: skip
+    labels, scores, _ = _launch(x, entries, bias, tile)
     return labels, scores
 
 
-def sums(x: Tensor, weights: Tensor, labels: Tensor, entries: int) -> tuple[Tensor, Tensor]:
-    """Summed weight [S, G, K] and weighted sums [S, G, K, D], float32, for S = 1 or 2 weightings [S, G, N] of one labelling.
+def assess(x: Tensor, entries: Tensor, bias: Tensor, weights: Tensor, squares: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Labels as `nearest`, errors weight * (squared norm - 2 score) [G, N], and [G, 2]: summed errors, labels unlike `before` (None: all)."""
+    labels, errors, facts = _launch(x, entries, bias, TILE, weights, squares, before)
+    return labels, errors, facts.sum(1, dtype=torch.float64)
+
+
+def _launch(x, entries, bias, tile, weights=None, squares=None, before=None):
+    groups, n, width = x.shape
+    count = entries.shape[1]
+    x, entries, bias = x.contiguous(), entries.to(x.dtype).contiguous(), bias.contiguous()
+    labels, scores = torch.empty(groups, n, dtype=torch.int32, device=x.device), torch.empty(groups, n, device=x.device)
+    block, depth = max(16, triton.next_power_of_2(width)), 1
+    if block * x.element_size() > WHOLE:
+        tile, block = WIDE, 64
+        depth = triton.cdiv(width, block)
+    rows, columns, warps, stages = tile
+    rows, columns = min(rows, max(64, triton.next_power_of_2(n))), min(columns, max(16, triton.next_power_of_2(count)))
+    tiles = triton.cdiv(n, rows)
+    facts = torch.empty(groups, tiles, 2, device=x.device) if weights is not None else None
+    _assign[tiles, groups](
+        x, entries, bias, weights, squares, before, labels, scores, facts, n, count,
+        D=width, BD=block, DEPTH=depth, EVEN=block == width and count % columns == 0, ASSESS=weights is not None, AGAIN=before is not None,
+        BN=rows, BK=columns, STAGES=stages, num_warps=warps,
+    )  # fmt: skip
+    return labels, scores, facts
+
+
+def sums(x: Tensor, weights: Tensor, labels: Tensor, entries: int, shape: tuple[int, int, int, int] = GATHER) -> tuple[Tensor, Tensor]:
+    """Summed weight [S, G, K] and weighted sums [S, G, K, D], float32, for up to eight weightings [S, G, N] of one labelling.
 
     x [G, N, D] float16, bfloat16 or float32; labels [G, N] integers in [0, entries).
     """
     groups, n, width = x.shape
     several, count = len(weights), groups * entries
-    key = labels + torch.arange(groups, device=x.device, dtype=labels.dtype)[:, None] * entries
+    key = labels + torch.arange(0, count, entries, device=x.device, dtype=torch.int32)[:, None]
     key = key.to(torch.int16 if count < 2**15 else torch.int32)
     ordered, order = torch.sort(key.flatten(), stable=True)
     bounds = torch.searchsorted(ordered, torch.arange(count + 1, device=x.device, dtype=key.dtype))
-    splits = max(1, min(8, n // (entries * SHARE)))
+    rows, warps, stages, share = shape
+    splits = max(1, min(16, n // (entries * share)))
     total = torch.empty(splits, several, count, width, device=x.device)
     mass = torch.empty(splits, several, count, device=x.device)
-    pull = weights.movedim(0, -1).contiguous()
-    block = triton.next_power_of_2(width)
-    _segment[count, splits](
-        x.contiguous(), pull, order, bounds, total, mass, count,
-        D=width, BD=block, WEIGHTINGS=several, SPLITS=splits, ROWS=max(4, min(ROWS, 8192 // block)), num_warps=4,
+    block = max(16, triton.next_power_of_2(width))
+    _gather[count, splits](
+        x.contiguous(), weights.movedim(0, -1).contiguous(), order, bounds, total, mass, count,
+        D=width, BD=block, WEIGHTINGS=several, SPLITS=splits, PRECISION="tf32x3" if x.dtype == torch.float32 else "tf32",
+        ROWS=max(16, min(rows, 8192 // block)), STAGES=stages, num_warps=warps,
     )  # fmt: skip
-    return mass.sum(0).view(several, groups, entries), total.sum(0).view(several, groups, entries, width)
+    if splits > 1:
+        mass, total = mass.sum(0), total.sum(0)
+    return mass.view(several, groups, entries), total.view(several, groups, entries, width)

@@ -9,11 +9,15 @@ SCORES = 2**21  # partial sums times entries that a beam holds at once on a CPU;
 
 
 def encode(x: Tensor, codebooks: Tensor, beam: int = 1) -> Tensor:
-    """Codes [G, N, R] int64 of x [G, N, D] under codebooks [G, R, K, D]; distances in float32.
+    """Codes [G, N, R] (integers) of x [G, N, D] under codebooks [G, R, K, D]; distances in float32.
 
     beam=1 takes the nearest entry stage by stage. A wider beam keeps the `beam` best partial sums of every vector after each stage
     and returns the best whole sum; time grows in proportion, decoding does not change.
     """
+    if beam == 1 and x.is_cuda and codebooks.dtype == torch.float16:
+        from kernels import rvq_triton
+
+        return rvq_triton.encode(x, codebooks)
     if beam == 1:
         return _greedy(x.float(), codebooks)
     stages, entries = codebooks.shape[1:3]
