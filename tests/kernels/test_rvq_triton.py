@@ -25,7 +25,10 @@ def problem(groups, n, stages, entries, width):
 def test_codes_are_those_of_float32(shape):
     x, codebooks = problem(*shape)
     codes = triton_rvq.encode(x, codebooks)
-    assert (codes.cpu().long() == rvq.encode(x.cpu(), codebooks.cpu())).float().mean() > 0.999
+    expected = rvq.encode(x.cpu(), codebooks.cpu())
+    assert (codes.cpu().long() == expected).all(-1).float().mean() > 0.97  # ties within rounding fall either way
+    error = [(x.cpu() - rvq.decode(c.cpu().long(), codebooks.cpu())).square().sum().item() for c in (codes, expected)]
+    assert error[0] == pytest.approx(error[1], rel=1e-5)
     assert codes.max() < shape[3]
     assert codes.transpose(0, 1).is_contiguous()  # a token's codes lie side by side, ready to be packed
 
