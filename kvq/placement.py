@@ -10,12 +10,12 @@ def layer_devices(model: nn.Module) -> list[torch.device]:
     Layers that accelerate keeps on the CPU or disk compute on the device of its hook.
     """
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-    return [_device(layer, model) for layer in decoder.layers]
+    return [_device(layer) for layer in decoder.layers]
 
 
-def _device(layer: nn.Module, model: nn.Module) -> torch.device:
+def _device(layer: nn.Module) -> torch.device:
     hook = getattr(layer, "_hf_hook", None)
     if getattr(hook, "execution_device", None) is not None:
         where = hook.execution_device
         return torch.device("cuda", where) if isinstance(where, int) else torch.device(where)
-    return next(layer.parameters(), torch.empty(0, device=model.device)).device
+    return next(layer.parameters()).device
