@@ -5,56 +5,63 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from experiments import committed, scores, style
+from experiments import committed, style
 from experiments.tables import Table
 
 OPTIONS = ("key.beam", "value.beam")
+PANELS = {"error": "held-out squared error\n(percent of greedy's)", "loss": "loss against greedy\n(nats per token)", "seconds": "seconds of the perplexity run\n(model included)"}
 
 
 def rows(results: Path = Path("results"), model: str = "standin") -> pd.DataFrame:
-    """Long: beam, bits, metric (relative error of keys and values, held out; loss; task seconds), value, stderr."""
+    """Per budget, beam and quantity: mean over layers or windows of the paired difference to greedy encoding, and its standard error."""
     frame = committed.load(results, model=model, task=["reconstruction", "perplexity"], quant="gskm")
     frame = committed.one_setting(committed.shipped(frame, OPTIONS))
-    if frame.empty:
-        return frame
-    wanted = (frame["task"] == "reconstruction") & (frame["metric"] == "relative") & frame["subset"].isin(["key heldout", "value heldout"])
-    wanted |= (frame["task"] == "perplexity") & (frame["metric"].isin(["loss_minus_fp16", "task_seconds"]))
-    frame = frame[wanted].assign(beam=committed.option(frame[wanted], "quant.key.beam"))
-    frame = frame.assign(metric=[r.subset.split()[0] if r.task == "reconstruction" else r.metric for r in frame.itertuples()])
-    swept = frame.groupby("bits")["beam"].nunique()
-    return frame[frame["bits"].isin(swept[swept > 1].index)][["beam", "bits", "metric", "value", "stderr", "device", "model"]].sort_values(
-        ["metric", "bits", "beam"], ignore_index=True
-    )
+    frame = frame[frame["seed"] == frame["seed"].min()] if len(frame) else frame
+    lines = []
+    for task, part in frame.groupby("task") if len(frame) else ():
+        part = part.assign(beam=committed.option(part, "quant.key.beam"))
+        records = committed.records(results, part, beam="beam")
+        for bits, mine in records.groupby("bits"):
+            if mine["beam"].nunique() < 2:
+                continue
+            if task == "reconstruction":
+                mine = mine[mine["subset"].str.endswith("heldout")].assign(what=lambda t: t["subset"].str.split().str[0])
+                wide = mine.pivot_table(index=["what", "id"], columns="beam", values="relative")
+                paired = 100 * wide.div(wide[1], axis=0)
+            else:
+                wide = mine.assign(what="loss").pivot_table(index=["what", "id"], columns="beam", values="loss")
+                paired = wide.sub(wide[1], axis=0)
+            for (what, beam), values in paired.stack().groupby(["what", "beam"]):
+                panel = "error" if task == "reconstruction" else "loss"
+                lines.append({"panel": panel, "what": what, "bits": bits, "beam": beam, "value": values.mean(), "stderr": values.sem()})
+        if task == "perplexity":
+            seconds = part[part["metric"] == "task_seconds"]
+            lines += [{"panel": "seconds", "what": r.device, "bits": r.bits, "beam": r.beam, "value": r.value, "stderr": float("nan")} for r in seconds.itertuples()]
+    found = pd.DataFrame(lines, columns=["panel", "what", "bits", "beam", "value", "stderr"])
+    swept = found.groupby(["panel", "bits"])["beam"].transform("nunique") > 1
+    return found[swept].assign(model=model).sort_values(["panel", "what", "bits", "beam"], ignore_index=True)
 
 
 def draw(rows: pd.DataFrame):
-    panels = (
-        ("error", ("key", "value"), "held-out squared error\n(share of the energy)"),
-        ("loss", ("loss_minus_fp16",), scores.LOSS),
-        ("time", ("task_seconds",), "seconds, perplexity run\n(fp16 reference included)"),
-    )
-    panels = [p for p in panels if rows["metric"].isin(p[1]).any()]
-    figure, axes = plt.subplots(1, len(panels), figsize=(style.PAGE, 2.3), squeeze=False)
-    for axis, (_, metrics, title) in zip(axes[0], panels):
+    shown = [p for p in PANELS if (rows["panel"] == p).any()]
+    figure, axes = plt.subplots(1, len(shown), figsize=(style.PAGE if len(shown) > 1 else style.COLUMN, 2.3), squeeze=False)
+    for axis, panel in zip(axes[0], shown):
         ends = []
-        for metric in metrics:
-            for bits, part in rows[rows["metric"] == metric].groupby("bits"):
-                line = part.groupby("beam").agg(y=("value", "mean"), e=("stderr", "mean"))
-                colour = {"key": "#0072B2", "value": "#D55E00"}.get(metric, style.color("gskm"))
-                axis.errorbar(line.index, line.y, None if metric == "task_seconds" else line.e.fillna(0), color=colour, marker="o", capsize=2, elinewidth=0.8)
-                ends.append((float(line.y.iloc[-1]), f"{metric}s" if metric in ("key", "value") else f"{bits:g} bits", colour))
-        axis.set_ylim(bottom=0)
+        for (what, bits), line in rows[rows["panel"] == panel].groupby(["what", "bits"]):
+            colour = {"key": "#0072B2", "value": "#D55E00"}.get(what, style.color("gskm"))
+            axis.errorbar(line["beam"], line["value"], line["stderr"].fillna(0), color=colour, marker="o", capsize=2, elinewidth=0.8)
+            ends.append((float(line["value"].iloc[-1]), f"{what}s" if panel == "error" else f"{bits:g} bits", colour))
         style.plain_log(axis)
         axis.set_xticks(sorted(rows["beam"].unique()), [str(b) for b in sorted(rows["beam"].unique())])
-        axis.minorticks_off()
         axis.set_xlabel("beam width")
-        axis.set_ylabel(title)
+        axis.set_ylabel(PANELS[panel])
+        if panel == "seconds":
+            axis.set_ylim(bottom=0)
         style.name_ends(axis, ends)
     return figure
 
 
 def table(rows: pd.DataFrame) -> Table:
-    wide = rows.pivot_table(index=["bits", "beam"], columns="metric", values="value").round(4).reset_index()
-    return Table(f"GSKM encoded with a beam; relative squared error held out, loss above fp16 in nats, seconds of the whole perplexity run on {rows['device'].iloc[-1]}.").add(
-        "", wide
-    )
+    wide = rows.assign(value=rows["value"].round(4)).pivot_table(index=["bits", "panel", "what"], columns="beam", values="value").reset_index()
+    wide.columns = [str(c) for c in wide.columns]
+    return Table("GSKM encoded with a beam: held-out squared error in percent of greedy's, loss against greedy in nats per token, seconds of the whole perplexity run.").add("", wide)

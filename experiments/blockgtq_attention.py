@@ -27,8 +27,7 @@ def draw(rows: pd.DataFrame):
                 style.points(axis, mine.x, mine.y, mine.spread, quant)
                 ends.append((float(mine.y.iloc[-1]), style.label(quant), style.color(quant)))
         if metric == "kl":
-            axis.set_yscale("log")
-            axis.yaxis.set_major_formatter(lambda v, _: f"{v:g}")
+            style.plain_log(axis, "y", 10)
         axis.set_xlabel("stored bits per key value (codes and norms)")
         axis.set_ylabel(title)
         style.name_ends(axis, ends)

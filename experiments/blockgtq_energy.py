@@ -24,7 +24,7 @@ def draw(rows: pd.DataFrame):
         left.plot(middle, color=colour)
         left.fill_between(range(len(middle)), low, high, color=colour, alpha=0.2, linewidth=0)
         ends.append((float(middle[-1]), text, colour))
-    left.set_yscale("log")
+    style.plain_log(left, "y", 10)
     left.set_xlabel("RoPE block (fast to slow rotation)")
     left.set_ylabel("energy, mean of the head = 1")
     style.name_ends(left, ends)
@@ -36,7 +36,7 @@ def draw(rows: pd.DataFrame):
     right.set_ylabel("width (bits)")
     twin = right.twinx()
     twin.plot(energy / np.median(energy), color="#0072B2", linewidth=0.9)
-    twin.set_yscale("log")
+    style.plain_log(twin, "y", 10)
     twin.set_ylabel("energy over the head's median", color="#0072B2")
     twin.grid(False)
     return figure

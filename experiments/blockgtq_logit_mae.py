@@ -31,9 +31,7 @@ def draw(rows: pd.DataFrame):
                 style.points(left, by_layer.index, by_layer["mean"], by_layer["std"], quant, text=f"{style.label(quant)}, {bits:g} bits", line=line)
     left.set_xlabel("layer")
     left.set_ylabel("logit MAE (before softmax)")
-    left.set_yscale("log")
-    left.yaxis.set_major_formatter(lambda v, _: f"{v:g}")
-    left.yaxis.set_minor_formatter(lambda v, _: f"{v:g}")
+    style.plain_log(left, "y", 10)
     cells, ends = heads.means(rows, "logit_mae"), []
     for quant in METHODS:
         if quant in cells.index.get_level_values(0):
@@ -42,9 +40,7 @@ def draw(rows: pd.DataFrame):
             ends.append((float(mine.y.iloc[-1]), style.label(quant), style.color(quant)))
     right.set_xlabel("stored bits per key value (codes and norms)")
     right.set_ylabel("logit MAE, mean of heads")
-    right.set_yscale("log")
-    for formatter in (right.yaxis.set_major_formatter, right.yaxis.set_minor_formatter):
-        formatter(lambda v, _: f"{v:g}")
+    style.plain_log(right, "y", 10)
     style.name_ends(right, ends)
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=3)

@@ -34,9 +34,7 @@ def draw(rows: pd.DataFrame):
             if len(cells):
                 style.points(axis, cells.x, cells.y, cells.s, quant)
                 ends.append((float(cells.y.iloc[-1]), style.label(quant), style.color(quant)))
-        axis.set_yscale("log")
-        for formatter in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
-            formatter(lambda v, _: f"{v:g}" if metric == "logit_mae" else f"{v:.2g}")
+        style.plain_log(axis, "y", 10)
         axis.set_xlabel("stored bits per key value (codes and norms)")
         axis.set_ylabel(METRICS[metric])
         style.name_ends(axis, ends)

@@ -23,7 +23,6 @@ def draw(rows: pd.DataFrame):
     reference = rows[rows["quant"] == "fp16"]
     figure, axes = plt.subplots(1, 2, figsize=(style.PAGE, 2.5), sharey=True)
     for axis, kind in zip(axes, ("key", "value")):
-        ends = []
         for weight, (colour, mark, text) in WEIGHTS.items():
             part = reference[(reference["subset"] == kind) & reference["metric"].str.startswith(f"{weight}/")]
             level = part["metric"].str.split("/").str[1].astype(float)
@@ -31,16 +30,8 @@ def draw(rows: pd.DataFrame):
             order = level.argsort().to_numpy()
             axis.plot(part["value"].to_numpy()[order], tail.to_numpy()[order], color=colour, marker=mark)
             largest = float(part["value"].to_numpy()[order][-1])
-            ends.append((largest, text, colour))
-            axis.annotate(
-                f"{text}\nlargest {largest:.3g} medians",
-                (largest, 1e-4),
-                xytext=(-4, 14 if weight == "log" else 34),
-                textcoords="offset points",
-                ha="right" if weight == "raw" else "left",
-                color=colour,
-                fontsize=6.5,
-            )
+            height = 0.95 if weight == "raw" else 0.86
+            axis.text(0.98, height, f"{text}, largest {largest:.3g} medians", transform=axis.transAxes, ha="right", va="top", color=colour, fontsize=7)
         axis.set_xscale("log")
         axis.set_yscale("log")
         axis.set_xlabel(f"{kind} vectors: multiple of the median")

@@ -132,9 +132,7 @@ def draw(rows: pd.DataFrame):
             axis.set_xticks(range(len(budgets)), [f"{b:g}" for b in budgets])
             axis.set_xlabel("bits per value")
             axis.set_ylabel("loss above fp16 (nats)")
-            axis.set_yscale("log")
-            for formatter in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
-                formatter(lambda v, _: f"{v:g}")
+            style.plain_log(axis, "y", 10)
         else:
             axis.set_xlabel("stages")
             axis.set_xscale("log", base=2)

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import matplotlib
+import matplotlib.ticker
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -68,12 +69,13 @@ def points(axis, x, y, spread, name: str, *, text: str | None = None, line: str 
 
 
 def plain_log(axis, which: str = "x", base: int = 2) -> None:
-    """A logarithmic axis with plain numbers at its ticks."""
+    """A logarithmic axis with plain numbers at its ticks: powers of two, or 1, 2 and 5 times powers of ten."""
     (axis.set_xscale if which == "x" else axis.set_yscale)("log", base=base)
     target = axis.xaxis if which == "x" else axis.yaxis
-    target.set_major_formatter(lambda v, _: f"{v:g}")
     if base == 10:
-        target.set_minor_formatter(lambda v, _: "")
+        target.set_major_locator(matplotlib.ticker.LogLocator(10, subs=(1.0, 2.0, 5.0)))
+    target.set_major_formatter(lambda v, _: f"{v:g}")
+    target.set_minor_locator(matplotlib.ticker.NullLocator())
 
 
 def setup() -> None:
