@@ -57,7 +57,7 @@ REMEDY = "Pass task.data=<folder with one <subset>.jsonl or .parquet each, in Lo
 
 
 class LongBench:
-    """data: `hub`, `embedded`, or a folder holding <subset>.jsonl or <subset>.parquet in upstream's columns.
+    """data: `hub`, `embedded`, a folder holding <subset>.jsonl or <subset>.parquet in upstream's columns, or one such file.
 
     subsets: a name, a group (gsrq7, blockgtq8, kivi8, kivi15, all) or a list of either; null: all that the data has. limit: first examples per subset.
     context: prompt and answer together, in tokens (null: all the model has). chat: auto, true or false. max_new_tokens: lowers
@@ -238,22 +238,29 @@ def _from_hub(subset: str, limit: int | None) -> tuple[list[dict], str]:
 
 
 def _from_folder(data: str, subset: str, limit: int | None) -> tuple[list[dict], str]:
-    from kvq.lmeval import find_file, read_file
+    from kvq.lmeval import read_file
 
-    folder = _folder(data)
-    file = find_file(folder, subset)
-    if file is None:
-        present = ", ".join(sorted(f.name for f in folder.iterdir())[:8]) or "nothing"
-        raise Refusal(f"{folder} has no {subset}.jsonl or {subset}.parquet (it holds {present}). Choose subsets with task.subsets=[...].")
-    with open(file, "rb") as stream:
-        return read_file(file, limit), f"{file.name} sha256:{hashlib.file_digest(stream, 'sha256').hexdigest()[:16]}"
+    files = _files(data)
+    if subset not in files:
+        present = ", ".join(files) or "nothing that is called like a subset"
+        raise Refusal(f"{data} has no {subset}.jsonl or {subset}.parquet (it holds {present}). Choose subsets with task.subsets=[...].")
+    with open(files[subset], "rb") as stream:
+        return read_file(files[subset], limit), f"{files[subset].name} sha256:{hashlib.file_digest(stream, 'sha256').hexdigest()[:16]}"
 
 
-def _folder(data: str) -> Path:
-    folder = Path(data).expanduser()
-    if not folder.is_dir():
+def _files(data: str) -> dict[str, Path]:
+    """Subset to file: a folder's <subset>.jsonl or .parquet, or one file whose name ends with a subset's."""
+    from kvq.lmeval import find_file
+
+    path = Path(data).expanduser()
+    if path.is_file():
+        names = [name for name in VALID if path.stem == name or path.stem.endswith(f"_{name}")]
+        if not names:
+            raise Refusal(f"task.data={data} is not called like a LongBench subset, for example multi_news.jsonl. {REMEDY}")
+        return {max(names, key=len): path}
+    if not path.is_dir():
         raise Refusal(f"task.data={data} is not a folder. {REMEDY}")
-    return folder
+    return {subset: file for subset in VALID if (file := find_file(path, subset))}
 
 
 def _present(data: str) -> list[str]:
@@ -264,12 +271,9 @@ def _present(data: str) -> list[str]:
         return [subset for subset in CATEGORIES if subset in SUBSETS]
     if data == "hub":
         return list(CATEGORIES)
-    from kvq.lmeval import find_file
-
-    folder = _folder(data)
-    found = [subset for subset in VALID if find_file(folder, subset)]
+    found = list(_files(data))
     if not found:
-        raise Refusal(f"{folder} has no file called like a LongBench subset. {REMEDY}")
+        raise Refusal(f"{data} has no file called like a LongBench subset. {REMEDY}")
     return found
 
 

@@ -232,6 +232,18 @@ def test_bad_files_are_refused(tmp_path, text, sentence):
         LongBench(data=str(tmp_path)).check()
 
 
+def test_one_file_is_enough(folder, tmp_path):
+    file = tmp_path / "longbench_qasper.jsonl"
+    file.write_text((folder / "qasper.jsonl").read_text())
+    task = LongBench(data=str(file))
+    task.check()
+    assert task.subsets == ["qasper"] and len(task._docs["qasper"]) == 5
+    with pytest.raises(Refusal, match="not called like a LongBench subset"):
+        LongBench(data=str(shutil.copy(file, tmp_path / "mine.jsonl")))
+    with pytest.raises(Refusal, match="no trec.jsonl .* holds qasper"):
+        LongBench(data=str(file), subsets="trec").check()
+
+
 def test_missing_files_are_refused(folder, tmp_path_factory):
     with pytest.raises(Refusal, match="no samsum.jsonl"):
         LongBench(data=str(folder), subsets="samsum").check()

@@ -1,0 +1,48 @@
+"""What the committed rows of the stand-in say: more bits never cost, in the loss nor, beyond the noise, in any score."""
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+
+from kvq import results
+
+ROOT = Path(__file__).resolve().parents[2]
+MAIN = {"loss": -1, "score": 1}
+"""Main metric to its direction."""
+WHOLE = ("average", "text", "choices", "arithmetic", "gsm8k")
+"""The subset that stands for a run."""
+
+
+def sweeps():
+    """{(task, quantizer, all else that was computed): {bits: (value, stderr)}} of committed runs, main metric only."""
+    rows = results.load(ROOT / "results", model="standin", metric=list(MAIN), subset=list(WHOLE))
+    found = {}
+    for row in rows.itertuples():
+        identity = json.loads(row.config)["identity"]
+        identity["quant"] = {k: v for k, v in identity["quant"].items() if k in ("name", "sink", "window")}
+        key = (row.task, row.quant, row.metric, json.dumps(identity, sort_keys=True))
+        found.setdefault(key, {})[row.bits] = (MAIN[row.metric] * row.value, row.stderr)
+    return {key: budgets for key, budgets in found.items() if {1.0, 2.0, 4.0} <= budgets.keys()}
+
+
+SWEEPS = sweeps()
+
+
+def test_there_are_sweeps_to_look_at():
+    assert {"blockgtq", "kivi"} <= {quant for _, quant, _, _ in SWEEPS}
+    assert "perplexity" in {task for task, _, _, _ in SWEEPS}
+
+
+@pytest.mark.parametrize("key", SWEEPS, ids=lambda key: f"{key[0]}-{key[1]}")
+def test_four_bits_beat_two_and_two_beat_one(key):
+    budgets = SWEEPS[key]
+    for more, fewer in itertools.pairwise((4.0, 2.0, 1.0)):
+        (high, a), (low, b) = budgets[more], budgets[fewer]
+        if key[2] == "loss":
+            assert high > low, (more, fewer)
+        else:
+            assert high - low >= -2 * (a**2 + b**2) ** 0.5, (more, fewer)
+    (best, a), (worst, b) = budgets[4.0], budgets[1.0]
+    assert best - worst > 0, "four bits and one bit must differ"
