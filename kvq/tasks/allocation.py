@@ -1,6 +1,6 @@
 """Which widths a key codec gives its RoPE blocks: histogram, entropy, groups, and the distance to the allocation of a reference text.
 
-Block-GTQ Tables 8 to 10, 16 and 17, Figures 1, 3, 7 and 8. A codec without widths of its own counts as uniform at its whole bits, so
+Block-GTQ Tables 8 to 10, 16 and 17, Figures 1, 3, 7 and 8. A codec without widths of its own counts as uniform at its whole stored bits, so
 the regret of a uniform code is in the same table. Formulas are named in YAML (`blockgtq.diagnose`, `blockgtq.allocate`).
 """
 
