@@ -103,6 +103,7 @@ def main() -> int:
     """Run; return the exit code: 0 done, 1 an unexpected error, 2 refused or failed cells, 3 cells left to other processes, 130 interrupted."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else Ray hides the GPUs from tasks that do not ask it for one
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([ROOT, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]))  # for workers
     from kvq import plan
 
@@ -142,6 +143,8 @@ def _launch() -> tuple[int, str] | None:
     except Exception as error:
         if type(error).__name__ == "TerminatedWorkerError" or "died unexpectedly" in str(error):
             return 1, "A worker process was killed (by hand, or for want of memory); run the same command again to go on."
+        if missing := _missing_plugin(f"{error}\n{error.__cause__ or ''}"):
+            return 2, missing
         traceback.print_exc()
         return 1, explain(error)
     return None

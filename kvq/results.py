@@ -88,9 +88,13 @@ def read(path: Path) -> pd.DataFrame:
     kept = (table.schema.metadata or {}).get(DIGEST)
     if kept is not None and kept != _digest(frame):
         raise Refusal(f"{path} is not what was written (its digest does not match); delete it and run the cell again.")
-    if list(frame.columns) != list(COLUMNS):
+    if list(frame.columns) != list(COLUMNS) or not all(_is(frame[column], kind) for column, kind in COLUMNS.items()) or frame.empty:
         raise Refusal(f"{path} has other columns than this version writes; delete it and run the cell again.")
     return frame
+
+
+def _is(column: pd.Series, kind: str) -> bool:
+    return pd.api.types.is_string_dtype(column) if kind == "str" else column.dtype == kind
 
 
 def load(folder: Path = Path("results"), **where) -> pd.DataFrame:

@@ -170,13 +170,13 @@ def _compute(cell: Cell, reference: list[dict] | None, claims: list[Claim]) -> p
         examples = task.examples(lm)
         if cfg.force:
             cell.partial.unlink(missing_ok=True)
-        done = {r["id"]: r for r in predictions.resume(cell.partial)}
+        done = {r["id"]: r for r in predictions.resume(cell.partial, cfg.task.get("batch_size"), len(examples))}
         log.resume(list(done.values()), len(examples))
         predictions.append(cell.partial, _timed(task, lm, [e for e in examples if e.id not in done], cell, log))
         by_id = {r["id"]: r for r in predictions.read(cell.partial)}
         records = [by_id[e.id] for e in examples]
         usage = {**pd.DataFrame([r["usage"] for r in records]).sum().to_dict(), "calibration_seconds": calibration_seconds}
-        table = rows.of_run(cell, task, records, reference, usage, _device_name(model))
+        table = _refuse(rows.of_run, cell, task, records, reference, usage, _device_name(model))
         for claim in claims:
             claim.check()
         for torn in cell.path.parent.glob(f".{cell.run}.*"):  # left by a kill in the middle of a write
@@ -273,7 +273,7 @@ def _instantiate(node: DictConfig, drop: tuple[str, ...] = ()):
 
 
 def _refuse(call, *arguments, **keywords):
-    """Call a codec's code; its ValueError is a sentence for the user."""
+    """Call code that does not know Refusal; its ValueError is a sentence for the user."""
     try:
         return call(*arguments, **keywords)
     except Refusal:

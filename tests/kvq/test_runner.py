@@ -111,6 +111,19 @@ def test_a_stopped_cell_goes_on_where_it_stopped(cell, windows, tmp_path, after)
     assert not list((tmp_path / "stopped" / "outputs").rglob("*.jsonl"))
 
 
+def test_a_batch_cut_in_half_is_done_again_whole(cell, windows, tmp_path):
+    """Its usage stands with its first record, so half of it cannot be computed alone."""
+    whole = cell("quant=int4", home="whole")
+    del windows[:]
+    windows.fail_after = 7
+    with pytest.raises(KeyboardInterrupt):
+        cell("quant=int4", "task.batch_size=2", home="half")
+    windows.fail_after = None
+    resumed = cell("quant=int4", "task.batch_size=2", home="half")
+    assert len(windows) == 7 + 2
+    pd.testing.assert_frame_equal(comparable(resumed), comparable(whole))
+
+
 def test_a_torn_line_is_done_again(cell, windows, tmp_path):
     whole = cell("quant=fp16", home="whole")
     del windows[:]

@@ -19,7 +19,8 @@ from tests.quants import ROOT
 CELL = ["model=tiny", "task=perplexity", "task.limit=6", "calib.samples=1", "calib.length=64", "bits=4", "task.data=tests/kvq/words.txt"]
 AXES = ["quant=fp16,int8,int4,fp8,zero,tq_mse", "task.context=16,32,48,64"]
 FOUR = ["quant=int4,int8", "task.context=32,48"]
-MAIN = "import sys; from kvq.entry import main; sys.argv[0] = 'run.py'; code = main(); assert 'torch' not in sys.modules, 'torch in the parent'; sys.exit(code)"
+BASIC = "import sys; from kvq.entry import main; sys.argv[0] = 'run.py'; code = main(); sys.exit(code)"
+MAIN = BASIC.replace("sys.exit", "assert 'torch' not in sys.modules, 'torch in the parent'; sys.exit")
 
 
 def folders(home):
@@ -29,9 +30,10 @@ def folders(home):
 def launch(home, *words, code=MAIN, **environment):
     environment = {**os.environ, "HOME": str(home), "CUDA_VISIBLE_DEVICES": "0,1", **environment}
     command = [sys.executable, "-c", code, "-m", *CELL, *folders(home), *words]
-    said = open(home / f"said-{time.monotonic_ns()}", "w+")  # a file, since nobody reads a pipe while the sweep runs
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=said, stderr=subprocess.STDOUT, text=True, start_new_session=True)
-    process.said = lambda: Path(said.name).read_text()
+    said = home / f"said-{time.monotonic_ns()}"  # a file, since nobody reads a pipe while the sweep runs
+    with open(said, "w") as stream:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=stream, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    process.said = said.read_text
     return process
 
 
@@ -114,8 +116,7 @@ def test_a_sweep_killed_twice_ends_like_an_undisturbed_one(undisturbed, tmp_path
 
 @pytest.mark.parametrize("launcher", ["ray", "submitit_local"])
 def test_other_launchers_give_the_rows_of_basic(undisturbed, tmp_path, launcher):
-    code = MAIN.replace("assert 'torch' not in sys.modules", "assert True") if launcher == "ray" else MAIN
-    said = finish(launch(tmp_path, *FOUR, f"hydra/launcher={launcher}", code=code, RAY_TMPDIR=f"/tmp/kvq-ray-{os.getpid()}"))
+    said = finish(launch(tmp_path, *FOUR, f"hydra/launcher={launcher}", RAY_TMPDIR=f"/tmp/kvq-ray-{os.getpid()}"))
     assert "4 of 4 cells done" in said
     mine = rows(tmp_path)
     assert mine[mine["quant"] != "fp16"].run.nunique() == 4
@@ -124,7 +125,7 @@ def test_other_launchers_give_the_rows_of_basic(undisturbed, tmp_path, launcher)
 
 
 def test_two_sweeps_at_once_share_the_cells(undisturbed, tmp_path):
-    both = [launch(tmp_path, *FOUR) for _ in range(2)]
+    both = [launch(tmp_path, *FOUR, code=BASIC) for _ in range(2)]
     codes, said = [process.wait(timeout=300) for process in both], [process.said() for process in both]
     assert set(codes) <= {0, 3} and 0 in codes, said
     assert len(files(tmp_path, "*.parquet")) == 6
@@ -184,7 +185,8 @@ def test_status_tells_every_state_with_its_reason(undisturbed, tmp_path, capsys)
     assert status.main([str(tmp_path / "outputs")]) == 1
     said = capsys.readouterr().out
     assert "sweep s: 1 done, 1 failed, 1 stopped, 2 missing of 5" in said
-    for line in (r"failed +quant=failed: KIVI bits must be", r"stopped +quant=stopped: process \d+ on here ended", r"missing +quant=missing: not started", r"missing +quant=deleted: its rows"):
+    lines = [r"failed +quant=failed: KIVI bits must be", r"stopped +quant=stopped: process \d+ on here ended", r"missing +quant=missing: not started"]
+    for line in (*lines, r"missing +quant=deleted: its rows"):
         assert re.search(line, said), said
     table = pd.read_csv(where / "table.csv")
     assert list(table.run) == [finished["run"]] and {"bits_stored", "bits_total", "value", "fp16"} <= set(table)
