@@ -58,7 +58,8 @@ def table(rows: pd.DataFrame) -> Table:
     for bits, won in heads.wins(rows, "logit_mae").iterrows():
         ours, theirs = cells.loc[("blockgtq", bits)], cells.loc[("tq_mse", bits)]
         lines.append({"code bits": bits, "layers won": f"{won.layers:.0f}/{won.of_layers:.0f}", "heads won": f"{won.heads:.0f}/{won.of_heads:.0f}",
-                      "reduction": f"{won.reduction:.1%}", "TQ-MSE stored": f"{theirs.x:.3f}", "Block-GTQ stored": f"{ours.x:.3f}", "MAE TQ-MSE": f"{theirs.y:.3f} ± {theirs.spread:.3f}",
+                      "reduction": f"{won.reduction:.1%}", "TQ-MSE stored": f"{theirs.x:.3f}", "Block-GTQ stored": f"{ours.x:.3f}",
+                      "MAE TQ-MSE": f"{theirs.y:.3f} ± {theirs.spread:.3f}",
                       "MAE Block-GTQ": f"{ours.y:.3f} ± {ours.spread:.3f}", "MAE TQ-MSE at Block-GTQ's bytes": f"{equal_bytes(cells, bits):.3f}".replace("nan", "")})  # fmt: skip
     caption = "Keys only; calibrated and scored on different texts; ± is the standard deviation over seeds (rotations). Equal bytes by log-linear interpolation."
     plus = cells.loc["blockgtq_plus"].reset_index().round(3) if "blockgtq_plus" in cells.index.get_level_values(0) else pd.DataFrame()

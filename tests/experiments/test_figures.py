@@ -97,7 +97,13 @@ def test_drawing_needs_no_torch(folder):
     import sys
     from pathlib import Path
 
-    code = f"import sys; sys.modules['torch'] = None\nfrom pathlib import Path\nfrom experiments.__main__ import main, modules\nassert len(modules(None)) >= 30\nmain(Path({str(folder)!r}), ['pareto'])"
+    code = f"""
+import sys; sys.modules['torch'] = None
+from pathlib import Path
+from experiments.__main__ import main, modules
+assert len(modules(None)) >= 30
+main(Path({str(folder)!r}), ['pareto'])
+"""
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).resolve().parents[2])
 
 
