@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
+from gsrq.fused import fuse
 from gsrq.gskm import gskm
 from gsrq.refine import refit
 from gsrq.weights import KINDS, weigh
 from kernels import bitpack, rvq
-from kernels.kmeans import Clustering, nearest
+from kernels.kmeans import Clustering
 
 PIECE = 128  # one head of the paper's models
 LONG_PIECE = {0.375: 256}  # the paper's sub-half-bit point: two neighbouring heads, 12 stages
@@ -72,6 +73,7 @@ class GSRQ(nn.Module):
         self.register_buffer("codebooks", None)  # [M, R, K, D] fp16, in units of `scale`
         self.register_buffer("scale", None)  # [] float32, a power of two
         self.register_buffer("heads", None)  # [] int32
+        self.register_buffer("inv_freq", None)  # [head_dim / 2] radians per token, for keys that RoPE turns in split halves
 
     @property
     def bits(self) -> float:
@@ -114,6 +116,8 @@ class GSRQ(nn.Module):
         weights = weigh(calibration.grads, rest.shape[0], self.weights, self.tau) if self.weights != "none" else None
         if weights is not None:
             weights = weights.to(x.device)
+        turned = _split_half(calibration.pairs, calibration.inv_freq, head_dim)
+        self.inv_freq = None if turned is None else turned.to(x.device)
         # One stream of draws per (layer, key or value), so that codecs of one seed do not share their starts.
         generator = torch.Generator().manual_seed((self.seed * 4096 + calibration.layer) * 2 + (calibration.kind == "value"))
         energy = rest.square().sum((1, 2))
@@ -122,7 +126,7 @@ class GSRQ(nn.Module):
             found = self.cluster(rest, self.entries, weights, generator=generator)
             books.append(found.entries.half())
             table = books[-1].float()
-            labels, _ = nearest(rest, table)
+            labels = rvq.encode(rest, books[-1][:, None])[..., 0]
             rest -= rvq.rows_of(table, labels)
             self.log.append(
                 {
@@ -149,7 +153,18 @@ class GSRQ(nn.Module):
         if books.shape[3] != piece or books.shape[1] < stages:
             return False
         self.codebooks, self.scale, self.heads = books[:, :stages].contiguous(), finer["scale"], finer["heads"]
+        self.inv_freq = finer.get("inv_freq")
         return True
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of a head; valid after :meth:`fit`."""
+        pieces, _, _, width = self._tables().shape
+        return pieces * width // int(self.heads)
+
+    def fuse(self, value: nn.Module):
+        """What attends over packed codes of these keys and the values of `value`, or None (`gsrq.fused`)."""
+        return fuse(self, value)
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> dict[str, Tensor]:
@@ -172,8 +187,7 @@ class GSRQ(nn.Module):
         batch, _, time, _ = packed.shape
         index = bitpack.unpack(packed, self.code_bits, pieces * stages).view(batch * time, pieces, stages)
         x = rvq.decode(index.transpose(0, 1), tables) * self.scale  # [M, B*T, D]
-        heads = int(self.heads)
-        return x.transpose(0, 1).reshape(batch, time, heads, pieces * piece // heads).transpose(1, 2)
+        return x.transpose(0, 1).reshape(batch, time, int(self.heads), self.head_dim).transpose(1, 2)
 
     @torch.no_grad()
     def trace(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -220,6 +234,12 @@ def _cut(x: Tensor, piece: int) -> Tensor:
     # [B, H, T, D] -> [M, B*T, piece]: heads of a token side by side, then contiguous channels
     batch, heads, time, width = x.shape
     return x.transpose(1, 2).reshape(batch * time, heads * width // piece, piece).transpose(0, 1).contiguous()
+
+
+def _split_half(pairs: Tensor | None, inv_freq: Tensor | None, dim: int) -> Tensor | None:
+    if pairs is None or not torch.equal(pairs.cpu(), torch.arange(dim).view(2, -1).T):
+        return None
+    return inv_freq.float()
 
 
 def _finite(x: Tensor, what: str) -> None:

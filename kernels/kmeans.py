@@ -60,7 +60,7 @@ def nearest(x: Tensor, entries: Tensor, *, cosine: bool = False) -> tuple[Tensor
 def sums(x: Tensor, weights: Tensor, labels: Tensor, entries: int) -> tuple[Tensor, Tensor]:
     """Per entry, the summed weight [..., G, K] and the weighted sum of its members [..., G, K, D], in float32.
 
-    x [G, N, D], labels [G, N] integers, weights [G, N] or several weightings [S, G, N] of the same members (S up to 8 on CUDA).
+    x [G, N, D], labels [G, N] integers, weights [G, N] or several weightings [S, G, N] of the same members (S = 1 or 2 on CUDA).
     Equal inputs give equal bits: members are added in the order of a stable sort, never by atomics.
     """
     several = weights.reshape(-1, *labels.shape)

@@ -12,7 +12,8 @@ from torch import Tensor
 WHOLE = 512  # bytes of the widest vector that stays while the entries stream past
 # (vectors, entries, warps, stages) of an assignment tile, measured on an H200 (kernels/NOTES.md); wider vectors are read in parts
 TILE, WIDE = (256, 64, 8, 3), (128, 64, 8, 2)
-GATHER = (32, 4, 2, 256)  # members gathered at once, warps, stages, members a program should get on average (populous entries are split)
+# (members gathered at once, warps, stages, eager, members a program should get on average) for one weighting and for two
+GATHER = {1: (64, 2, 3, False, 256), 2: (32, 4, 3, False, 256)}
 
 
 @triton.jit
@@ -68,30 +69,38 @@ def _assign(
 @triton.jit
 def _gather(
     x, pull, order, bounds, total, mass, entries,
-    D: tl.constexpr, BD: tl.constexpr, WEIGHTINGS: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, TWO: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, EAGER: tl.constexpr,
 ):  # fmt: skip
-    # Tensor cores add the members: [16, ROWS] weights times [ROWS, D] vectors, no reduction between threads. A weight goes in as the
-    # sum of two tf32 parts, in rows 2s and 2s + 1, and float16 is exact in tf32, so the sums are those of float32 arithmetic.
+    # One entry's members, or a share of them, in sorted order; EAGER joins the rows of a block at once, else at the end.
+    WEIGHTINGS: tl.constexpr = 2 if TWO else 1
     entry, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     begin, end = tl.load(bounds + entry), tl.load(bounds + entry + 1)
     share = tl.cdiv(end - begin, SPLITS)
     begin += split * share
     end = tl.minimum(end, begin + share)
-    d, r, s = tl.arange(0, BD), tl.arange(0, ROWS), tl.arange(0, 16)
-    sums, weight = tl.zeros([16, BD], tl.float32), tl.zeros([16, ROWS], tl.float32)
+    d, r = tl.arange(0, BD), tl.arange(0, ROWS)
+    first = tl.zeros([1 if EAGER else ROWS, BD], tl.float32)
+    first_mass = tl.zeros([ROWS], tl.float32)
+    second, second_mass = first, first_mass
     for at in tl.range(begin, end, ROWS, num_stages=STAGES):
         live = at + r < end
         row = tl.load(order + at + r, mask=live, other=0)
         vector = tl.load(x + row[:, None] * D + d[None, :], mask=live[:, None] & (d[None, :] < D), other=0.0).to(tl.float32)
-        own = tl.load(pull + row[None, :] * WEIGHTINGS + (s // 2)[:, None], mask=live[None, :] & (s[:, None] < 2 * WEIGHTINGS), other=0.0)
-        high = (own.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
-        part = tl.where((s % 2 == 0)[:, None], high, own - high)
-        sums = tl.dot(part, vector, sums, input_precision=PRECISION)
-        weight += part
-    out = (split * WEIGHTINGS + tl.arange(0, 8)).to(tl.int64) * entries + entry
-    kept = tl.arange(0, 8) < WEIGHTINGS
-    tl.store(total + out[:, None] * D + d[None, :], tl.sum(tl.reshape(sums, [8, 2, BD]), 1), mask=kept[:, None] & (d[None, :] < D))
-    tl.store(mass + out, tl.sum(tl.reshape(tl.sum(weight, 1), [8, 2]), 1), mask=kept)
+        weight = tl.load(pull + row * WEIGHTINGS, mask=live, other=0.0)
+        part = weight[:, None] * vector
+        first += tl.sum(part, 0)[None, :] if EAGER else part
+        first_mass += weight
+        if TWO:
+            weight = tl.load(pull + row * WEIGHTINGS + 1, mask=live, other=0.0)
+            part = weight[:, None] * vector
+            second += tl.sum(part, 0)[None, :] if EAGER else part
+            second_mass += weight
+    out = (split * WEIGHTINGS).to(tl.int64) * entries + entry
+    tl.store(total + out * D + d, tl.sum(first, 0), mask=d < D)
+    tl.store(mass + out, tl.sum(first_mass, 0))
+    if TWO:
+        tl.store(total + (out + entries) * D + d, tl.sum(second, 0), mask=d < D)
+        tl.store(mass + out + entries, tl.sum(second_mass, 0))
 
 
 def nearest(x: Tensor, entries: Tensor, bias: Tensor, tile: tuple[int, int, int, int] = TILE) -> tuple[Tensor, Tensor]:
@@ -130,8 +139,8 @@ def _launch(x, entries, bias, tile, weights=None, squares=None, before=None):
     return labels, scores, facts
 
 
-def sums(x: Tensor, weights: Tensor, labels: Tensor, entries: int, shape: tuple[int, int, int, int] = GATHER) -> tuple[Tensor, Tensor]:
-    """Summed weight [S, G, K] and weighted sums [S, G, K, D], float32, for up to eight weightings [S, G, N] of one labelling.
+def sums(x: Tensor, weights: Tensor, labels: Tensor, entries: int) -> tuple[Tensor, Tensor]:
+    """Summed weight [S, G, K] and weighted sums [S, G, K, D], float32, for S = 1 or 2 weightings [S, G, N] of one labelling.
 
     x [G, N, D] float16, bfloat16 or float32; labels [G, N] integers in [0, entries).
     """
@@ -141,15 +150,14 @@ def sums(x: Tensor, weights: Tensor, labels: Tensor, entries: int, shape: tuple[
     key = key.to(torch.int16 if count < 2**15 else torch.int32)
     ordered, order = torch.sort(key.flatten(), stable=True)
     bounds = torch.searchsorted(ordered, torch.arange(count + 1, device=x.device, dtype=key.dtype))
-    rows, warps, stages, share = shape
+    rows, warps, stages, eager, share = GATHER[several]
     splits = max(1, min(16, n // (entries * share)))
     total = torch.empty(splits, several, count, width, device=x.device)
     mass = torch.empty(splits, several, count, device=x.device)
     block = max(16, triton.next_power_of_2(width))
     _gather[count, splits](
         x.contiguous(), weights.movedim(0, -1).contiguous(), order, bounds, total, mass, count,
-        D=width, BD=block, WEIGHTINGS=several, SPLITS=splits, PRECISION="tf32x3" if x.dtype == torch.float32 else "tf32",
-        ROWS=max(16, min(rows, 8192 // block)), STAGES=stages, num_warps=warps,
+        D=width, BD=block, TWO=several == 2, SPLITS=splits, ROWS=max(4, min(rows, 8192 // block)), STAGES=stages, EAGER=eager, num_warps=warps,
     )  # fmt: skip
     if splits > 1:
         mass, total = mass.sum(0), total.sum(0)

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 # (tokens, entries, warps, stages) of a tile by the widest piece it serves; measured on an H200 (kernels/NOTES.md)
-TILES = {64: (128, 64, 4, 3), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)}
+TILES = {64: (128, 64, 4, 3), 128: (64, 128, 4, 2), 256: (64, 64, 8, 2)}
 
 
 @triton.jit

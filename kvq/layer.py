@@ -91,7 +91,10 @@ class QuantizedLayer(DynamicLayer):
         common = min(key.encoded, value.encoded)
         parts = []
         if common:
-            parts.append(self.fused.attend(query, key.held, value.held, common, scale=scale, first=first, positions=key.positions))
+            where, stretch = None, 1.0
+            if key.turns:  # the kernel turns keys by pure rotations, so the factor of YaRN's tables goes into the scores
+                where, stretch = key.positions[:, key.head.shape[2] :], self.rope.scaling(self.index)
+            parts.append(self.fused.attend(query, key.held, value.held, common, scale=scale * stretch, first=first, positions=where))
         if key.length > common:
             rest = None if first is None else (first - common).clamp_min(0)
             parts.append(attend(query, key.beside(common), value.beside(common), scale, rest))

@@ -55,12 +55,14 @@ def test_sums_of_members_equal_the_reference_and_repeat_exactly(shape, dtype):
         assert torch.equal(a, again)
 
 
-def test_populous_entries_are_split_and_joined():
+@pytest.mark.parametrize("eager", [False, True])
+def test_populous_entries_are_split_and_joined(eager, monkeypatch):
     x, _, weights = problem(1, 300, 2, 12)
     labels = torch.zeros(1, 300, dtype=torch.int32, device=DEVICE)
     labels[:, ::7] = 1
-    split, whole = (triton_kmeans.sums(x, weights[:1], labels, 2, (16, 1, 1, share)) for share in (16, 10**6))
-    for a, b in zip(split, whole, strict=True):
+    whole = triton_kmeans.sums(x, weights, labels, 2)
+    monkeypatch.setattr(triton_kmeans, "GATHER", {2: (16, 1, 1, eager, 16)})
+    for a, b in zip(triton_kmeans.sums(x, weights, labels, 2), whole, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 

@@ -1,0 +1,56 @@
+"""One query per sequence against residual codes: attention over keys and values that are sums of table rows.
+
+Keys may be coded before RoPE; they are then rotated to their positions, pair (i, i + D/2) by position * inv_freq[i]. This file defines;
+`kernels.lookup_triton` obeys.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels import rvq
+from kernels.attention import Part
+from kernels.attention import attend as dense
+
+
+class Coded(NamedTuple):
+    """T tokens of one layer's keys or values, all heads; a head's channels are M pieces, or a part of one piece."""
+
+    codes: Tensor  # [B, M * R, T] uint8 in any strides, a piece's stages side by side
+    tables: Tensor  # [M, R, K, D'] of a floating dtype
+
+
+def rebuild(coded: Coded, heads: int, tokens: int) -> Tensor:
+    """The first `tokens` tokens, float32 [B, H, T, D]."""
+    pieces, stages, _, width = coded.tables.shape
+    batch = coded.codes.shape[0]
+    codes = coded.codes[:, :, :tokens].unflatten(1, (pieces, stages)).permute(1, 0, 3, 2)  # [M, B, T, R]
+    x = rvq.decode(codes.flatten(1, 2), coded.tables).view(pieces, batch, tokens, width)
+    return x.permute(1, 2, 0, 3).reshape(batch, tokens, heads, -1).transpose(1, 2)
+
+
+def rotate(x: Tensor, inv_freq: Tensor, base: Tensor) -> Tensor:
+    """x [B, H, T, D] turned to positions base [B] + 0, 1, ...; inv_freq [D/2] radians per token."""
+    positions = base[:, None].double() + torch.arange(x.shape[2], device=x.device)
+    angle = (positions[:, None, :, None] * inv_freq.double()).float()
+    low, high = x.chunk(2, -1)
+    return torch.cat([low * angle.cos() - high * angle.sin(), high * angle.cos() + low * angle.sin()], -1)
+
+
+def attend(
+    query: Tensor, keys: Coded, values: Coded, tokens: int, scale: float, inv_freq: Tensor | None = None, base: Tensor | None = None, first: Tensor | None = None
+) -> Part:
+    """Attention of query [B, Hq, D] over the first `tokens` tokens; query head h reads KV head h // (Hq // H).
+
+    inv_freq [D/2] and base [B] (position of token 0, integers): given for keys coded before RoPE. first [B]: first visible token.
+    """
+    if query.is_cuda:
+        from kernels import lookup_triton
+
+        return lookup_triton.attend(query, keys, values, tokens, scale, inv_freq, base, first)
+    heads = keys.tables.shape[0] * keys.tables.shape[3] // query.shape[2]
+    key, value = (rebuild(coded, heads, tokens) for coded in (keys, values))
+    if inv_freq is not None:
+        key = rotate(key, inv_freq, base)
+    return dense(query, key, value, scale, first)
