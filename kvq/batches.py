@@ -2,6 +2,8 @@
 
 A size of `auto` is estimated from the free memory and the model's shape, and halved whenever a batch turns out too large. Answers do
 not depend on the size: rows are independent, left padding is masked, and where it could enter a window or a token group rows are coded apart.
+Rounding does: another batch or a shared beginning multiplies matrices of other shapes. On the stand-in a likelihood moves by at most 3e-5
+nats in float32, .05 in float16 and .3 in bfloat16 (48 choices behind 24 lines, an exact cache); a greedy answer can part where two tokens are that close.
 """
 
 from collections.abc import Callable, Iterator

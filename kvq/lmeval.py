@@ -70,13 +70,17 @@ class CachedLM(HFLM):
     """lm-eval's view of an LM: every forward and every generate call gets a fresh cache from `lm.new_cache()`.
 
     lm: has .model, .tokenizer, .max_length, .new_cache(). chunk: prefill prompts of generation tasks in pieces of this many tokens.
-    all_logits: compute the unscored logits too, as the stock model does; at batch size 1 likelihoods then equal its to the last bit.
+    all_logits: compute the unscored logits too and the softmax in the model's dtype, as the stock model does; at batch size 1 likelihoods
+    then equal its to the last bit. Otherwise the softmax is float32.
     truncated: the contexts of requests that were too long and lost tokens on the left.
     """
 
     def __init__(self, lm, batch_size: int = 1, chunk: int | None = None, all_logits: bool = False):
         with quiet():
-            super().__init__(pretrained=lm.model, tokenizer=lm.tokenizer, backend="causal", batch_size=batch_size, max_length=lm.max_length)
+            super().__init__(
+                pretrained=lm.model, tokenizer=lm.tokenizer, backend="causal", batch_size=batch_size, max_length=lm.max_length,
+                softmax_dtype=None if all_logits else "float32",
+            )  # fmt: skip
         self.lm, self.chunk = lm, chunk
         self.truncated: set[str] = set()
         self._keep = 0

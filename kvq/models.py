@@ -4,12 +4,14 @@ import functools
 import hashlib
 import inspect
 import json
+import sys
 import time
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, StoppingCriteria
+from transformers.utils import logging
 
 from kvq.cache import ATTENTION, QuantizedCache, layer_kinds
 from kvq.errors import Refusal
@@ -24,6 +26,8 @@ TASK_DEFAULTS = ("data", "text", "context", "limit", "batch_size")
 @functools.lru_cache(maxsize=1)
 def _load(path: str, revision: str | None, dtype: str, device: str, device_map: str | None, overrides: str):
     source = folder(path) or path
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()  # a bar of returns in a log file
     try:
         config = AutoConfig.from_pretrained(source, revision=revision)
         for key, value in json.loads(overrides).items():

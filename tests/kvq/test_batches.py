@@ -130,6 +130,18 @@ def test_choices_share_their_context(options):
     assert max(abs(a - b) for (a, _), (b, _) in zip(shared, lossless)) > 1e-2, "the codec must matter"
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float16, 0.1), (torch.bfloat16, 0.6)])
+def test_half_precision_moves_likelihoods_by_rounding_only(dtype, tolerance):
+    found = []
+    for shareable, size in ((True, 4), (False, 1)):
+        tiny = TinyLM(max_length=2048)
+        tiny.model.set_attn_implementation("kvq")
+        lm = LM(tiny.model.to(dtype), tiny.tokenizer, "tiny", pairs(tiny.model, Exact))
+        lm.shareable = shareable
+        found.append([x for x, _ in likelihoods(lm, size)[0]])
+    assert found[0] == pytest.approx(found[1], abs=tolerance) and max(map(abs, found[0])) > 10 * tolerance
+
+
 def test_few_shot_prefixes_are_read_once_in_generation():
     lm, alone = bind(), bind()
     alone.shareable = False
