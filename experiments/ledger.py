@@ -20,9 +20,10 @@ VERDICTS = {
     "direction": ("reproduced in direction", "not reproduced"),
     "exact": ("reproduced", "not reproduced"),
     "misleading": ("misleading", "not confirmed"),
+    "ours": ("holds here", "does not hold here"),
 }  # fmt: skip
 """Kind of claim to the verdict if its judgement holds and if not. direction: another model than the paper's; exact: the paper's own setting
-(synthetic data, arithmetic); misleading: the judgement states our objection, not the claim."""
+(synthetic data, arithmetic); misleading: the judgement states our objection, not the claim; ours: a question the paper does not ask."""
 
 
 def claims(results: Path) -> list[dict]:
@@ -60,7 +61,8 @@ def judge(claim: dict, results: Path, model: str, cache: dict) -> dict:
     if any(v != v for v in values.values()):
         return {"ours": "", "verdict": WEIGHTS if claim.get("needs") == "weights" else "no rows yet", "evidence": ""}
     holds = bool(eval(claim["judge"], {"__builtins__": {"abs": abs, "max": max, "min": min}}, values))  # the file is ours, not a user's
-    evidence = "" if not name else f"`{name}`: " + "; ".join(f"{key} = `{query}`" for key, query in claim["find"].items())
+    sums = "; ".join(f"{key} = {text}" for key, text in claim.get("given", {}).items())
+    evidence = f"`{name}`: " + "; ".join(f"{key} = `{query}`" for key, query in claim["find"].items()) if name else sums
     return {"ours": claim["show"].format(**values), "verdict": VERDICTS[claim.get("kind", "direction")][not holds], "evidence": evidence}
 
 
@@ -93,10 +95,11 @@ def table(rows: pd.DataFrame) -> Table:
     counts = rows.groupby(["paper", "verdict"]).size().unstack("paper", fill_value=0).reset_index()
     made = Table(
         "What each paper claims and what this repository measured. *Reproduced in direction*: the order holds on the stand-in, a small model of our own; its numbers are "
-        "not comparable with the papers'. *Reproduced*: in the paper's own setting. *Misleading*: true as printed, and the column beside says what it hides."
+        "not comparable with the papers'. *Reproduced*: in the paper's own setting. *Misleading*: true as printed, and the column beside says what it hides. "
+        "*Ours*: a question that the paper does not ask."
     )
     made.add("Verdicts", counts.rename(columns=PAPERS))
-    bad = rows[rows["verdict"].isin(["misleading", "not reproduced"])]
+    bad = rows[rows["verdict"].isin(["misleading", "not reproduced", "does not hold here"])]
     columns = {"place": "where", "claim": "claim", "reported": "reported", "ours": "measured here", "verdict": "verdict", "note": "what to know"}
     made.add("Read these first", bad[["paper", *columns]].rename(columns=columns))
     for paper, title in PAPERS.items():
