@@ -10,9 +10,10 @@ from torch import Tensor
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 ASM = not INTERPRET  # the interpreter knows no inline assembly; kernels have the same in plain Triton
 STAGES = 1
+AHEAD = 2  # key tiles in flight
 VTILE = 32  # value channels decoded at a time
-LIMIT = {"maxnreg": 168}
-WARPS = 12  # single-warp programs that fit a multiprocessor at once (registers and shared memory)
+LIMIT = {"maxnreg": 128}
+WARPS = 16  # single-warp programs that fit a multiprocessor at once (registers and shared memory)
 
 
 def use_triton(x: Tensor) -> bool:

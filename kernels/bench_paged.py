@@ -71,9 +71,11 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=paged._Tables.rows)
     parser.add_argument("--per-sm", type=int, default=backend.WARPS, help="programs per multiprocessor")
     parser.add_argument("--registers", type=int, default=backend.LIMIT.get("maxnreg", 0), help="most registers of a thread, 0 for no limit")
+    parser.add_argument("--ahead", type=int, default=backend.AHEAD)
     parser.add_argument("--vtile", type=int, default=backend.VTILE)
     options = parser.parse_args()
     backend.LIMIT, backend.VTILE = {"maxnreg": options.registers} if options.registers else {}, options.vtile
+    backend.AHEAD = options.ahead
     backend.STAGES, paged._Tables.rows, backend.WARPS = options.stages, options.rows, options.per_sm
     rows = []
     for shape in (SHAPES[i] for i in options.shapes):
@@ -86,8 +88,8 @@ def main() -> None:
                 continue
             rows.append(row(provider, shape, result))
             print(*shape, provider, f"{rows[-1]['microseconds']:.1f} us [{rows[-1]['p5']:.1f}, {rows[-1]['p95']:.1f}] {rows[-1]['tb_per_s']:.2f} TB/s", flush=True)
-    with open(options.out, "w") as file:
-        json.dump(rows, file, indent=1)
+            with open(options.out, "w") as file:
+                json.dump(rows, file, indent=1)
 
 
 if __name__ == "__main__":

@@ -69,8 +69,8 @@ def levels(word, words, WIDTH: tl.constexpr, ASM: tl.constexpr):
         y = tl.inline_asm_elementwise(
             """{
             .reg .b32 s, t, u, a, b;
-            shl.b32 s, $9, 4; lop3.b32 t, $8, s, 0x0F0F0F0F, 0xAC;
-            shr.u32 s, $8, 4; lop3.b32 u, s, $9, 0x0F0F0F0F, 0xAC;
+            shl.b32 s, $9, 4; lop3.b32 t, $8, s, 0x0F0F0F0F, 0xE4;
+            shr.u32 s, $8, 4; lop3.b32 u, s, $9, 0x0F0F0F0F, 0xE4;
             prmt.b32 a, $10, $12, t; prmt.b32 b, $14, $16, t; prmt.b32 $0, b, a, 0x5140; prmt.b32 $2, b, a, 0x7362;
             prmt.b32 a, $10, $12, u; prmt.b32 b, $14, $16, u; prmt.b32 $1, b, a, 0x5140; prmt.b32 $3, b, a, 0x7362;
             shr.u32 t, t, 16; shr.u32 u, u, 16;

@@ -63,7 +63,7 @@ class PagedAttention:
         return self.launch(query, key, value, lengths, first, tokens, scale)
 
     def tables(self, device: torch.device) -> "_Tables":
-        if self._tables is None or self._tables.tiles.device != device:
+        if self._tables is None or self._tables.groups.device != device:
             self._tables = _Tables(*self.specs, self.layouts[0], device)
         return self._tables
 
@@ -88,11 +88,11 @@ class PagedAttention:
             query, table.matrix, table.sums, turned, aux, scale * math.log2(math.e), heads, group, wide, positions, dim, pad, 32
         )
         twin.decode_split[(splits, heads, batch)](
-            turned, aux, key.words, key.sides, value.words, value.sides, table.tiles, table.groups, table.books, table.value_levels, table.shifts, first, lengths,
+            turned, aux, key.words, key.sides, value.words, value.sides, table.groups, table.books, table.value_levels, table.shifts, first, lengths,
             out, stat, key.words.stride(0), key.words.stride(1), key.sides.stride(0), key.sides.shape[2], value.words.stride(0), value.words.stride(1),
             value.sides.stride(0), value.sides.shape[2], len(v.segments), len(k.segments), per_split,
             heads, positions // TILE, table.groups.shape[1], k.segments[0].width if _uniform(k) and k.segments[0].width <= 4 else 0, v.segments[0].width, dim,
-            self.layouts[0].words, self.layouts[1].words, backend.VTILE if dim % 32 == 0 else 16, wide, rows, k.log8, v.log8, k.offset, v.offset, table.align, backend.ASM,
+            self.layouts[0].words, self.layouts[1].words, backend.VTILE if dim % 32 == 0 else 16, wide, rows, k.log8, v.log8, k.offset, v.offset, table.align, backend.AHEAD, backend.ASM,
             num_warps=1, num_stages=backend.STAGES, **backend.LIMIT,
         )  # fmt: skip
         every = max(16, 1 << (splits - 1).bit_length())
@@ -111,27 +111,23 @@ class _Tables:
         rotation = (eye if key.rotation is None else key.rotation).expand(key.heads, -1, -1).float()
         by_head = [[(i, s) for i, s in enumerate(key.segments) if s.head == h] for h in range(key.heads)]
         most = max(sum(-(-s.size // TILE) for _, s in segs) for segs in by_head)
-        tiles = torch.zeros(key.heads, most, 16, dtype=torch.int32)
-        groups = torch.zeros(key.heads, max(map(len, by_head)), 4, dtype=torch.int32)
+        groups = torch.zeros(key.heads, max(map(len, by_head)), 16, dtype=torch.int32)
         self.matrix = torch.zeros(key.heads, most * TILE, key.dim, device=device)
         books = key.levels.half().cpu()
         for head, segs in enumerate(by_head):
             at = 0
-            groups[head, :, 0] = groups[head, :, 1] = 0
             for number, (row, seg) in enumerate(segs):
-                begin = at
-                for start in range(0, seg.size, TILE):
-                    size = min(TILE, seg.size - start)
-                    tiles[head, at, :4] = torch.tensor([seg.width, layout.bases[row] + start, seg.size, seg.book])
-                    tiles[head, at, 8:] = level_bytes(books[seg.book :][: 2 ** min(seg.width, 4)])
-                    self.matrix[head, at * TILE : at * TILE + size] = rotation[head, seg.start + start : seg.start + start + size]
-                    at += 1
-                groups[head, number] = torch.tensor([begin, at, row, 0])
+                end = at + -(-seg.size // TILE)
+                groups[head, number, :7] = torch.tensor([at, end, row, seg.width, layout.bases[row], seg.size, seg.book])
+                groups[head, number, 8:] = level_bytes(books[seg.book :][: 2 ** min(seg.width, 4)])
+                self.matrix[head, at * TILE : at * TILE + seg.size] = rotation[head, seg.start : seg.start + seg.size]
+                at = end
             groups[head, len(segs) :, 2] = segs[0][0]  # a group without tiles adds zero times any gain
+            groups[head, len(segs) :, 3] = 3
         self.align = 2 if all(s.size % 2 == 0 for s in key.segments) else 1  # RoPE blocks are pairs of channels
         mean = torch.zeros(key.heads, key.dim) if key.mean is None else key.mean
         self.sums = torch.stack([mean.to(device), self.matrix.sum(1)], 1).contiguous()
-        self.tiles, self.groups, self.books = tiles.to(device), groups.to(device), books.to(device)
+        self.groups, self.books = groups.to(device), books.to(device)
         width = value.segments[0].width
         self.value_levels = level_bytes(value.levels[value.segments[0].book :][: 2**width].half().cpu()).to(device)
         self.back = (eye if value.rotation is None else value.rotation).to(device).mT.contiguous()

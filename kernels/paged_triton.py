@@ -2,8 +2,8 @@
 
 A program is one warp with ROWS rows of 8 tokens: row r of a word tile is tokens 8 r + j for j = 0..7 (`kernels.pages`). Keys are the left
 operand of the scores S_j = K_j q^T [ROWS, G], q rotated once before; values are the left operand of O^T += V_j^T P_j, in rotated space.
-Eight of everything (one per j) is a tuple. `tiles` [H, TILES, 16] int32: width, first word, channels, level offset, 4 unused, 8 words of
-level bytes; `groups` [H, GROUPS, 4]: first tile, last + 1, row of sides. A tile that ends inside another segment meets zeros in q.
+Eight of everything (one per j) is a tuple. `groups` [H, GROUPS, 16] int32, one per segment: first tile of 16 channels, last + 1, row of
+sides, width, first word, channels, first level, unused, 8 words of level bytes. A tile that ends inside another segment meets zeros in q.
 """
 
 import triton
@@ -54,43 +54,48 @@ def side(at, mask, LOG8: tl.constexpr):
 
 
 @triton.jit
+def _segment(base, begin, end, first, n, words, half, full, turn, slot, q_at, s, WIDTH: tl.constexpr, G: tl.constexpr, AHEAD: tl.constexpr, ASM: tl.constexpr):
+    """Add the scores of one segment of WIDTH bits; its tiles are read AHEAD at a time. A loop, not unrolled: code must fit its cache."""
+    for t in tl.range(begin, end, num_stages=AHEAD):
+        s = _narrow(base, first + (t - begin) * 16, n, words, half, full, turn, slot, tl.load(q_at + t * 16 * G), s, WIDTH, ASM)
+    return s
+
+
+@triton.jit
 def _scores(
-    base, tiles, begin, end, half, full, turn, slot, query, books,
-    WIDTH: tl.constexpr, TILES: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, ALIGN: tl.constexpr, ASM: tl.constexpr,
+    base, at, half, full, turn, slot, query, books,
+    WIDTH: tl.constexpr, TILES: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, ALIGN: tl.constexpr, AHEAD: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """Scores of one segment, without its gain: WIDTH > 0 is the one segment of every head, 0 reads widths from the table."""
+    """Scores of the segment at `at`, without its gain: WIDTH > 0 is the one segment of every head, 0 reads the width from the table."""
     zero = tl.zeros([ROWS, G], tl.float32)
     s = (zero, zero, zero, zero, zero, zero, zero, zero)
     q_at = query + tl.arange(0, 16)[:, None] * G + tl.arange(0, G)[None, :]
+    words = table(at + 8)
     if WIDTH > 0:
-        words = table(tiles + 8)
-        for t in tl.static_range(TILES):
-            s = _narrow(base, t * 16, TILES * 16, words, half, full, turn, slot, tl.load(q_at + t * 16 * G), s, WIDTH, ASM)
-        return s
-    for t in range(begin, end):
-        at, q = tiles + t * 16, tl.load(q_at + t * 16 * G)
-        width, words = tl.load(at), table(at + 8)
-        first, n = tl.multiple_of(tl.load(at + 1), ALIGN), tl.multiple_of(tl.load(at + 2), ALIGN)
-        if width == 3:
-            s = _narrow(base, first, n, words, half, full, turn, slot, q, s, 3, ASM)
-        elif width == 2:
-            s = _narrow(base, first, n, words, half, full, turn, slot, q, s, 2, ASM)
-        elif width == 4:
-            s = _narrow(base, first, n, words, half, full, turn, slot, q, s, 4, ASM)
-        elif width == 1:
-            s = _narrow(base, first, n, words, half, full, turn, slot, q, s, 1, ASM)
-        else:
-            s = _wide(base, first, n, half, full, turn, slot, q, books + tl.load(at + 3), width, s)
+        return _segment(base, 0, TILES, 0, TILES * 16, words, half, full, turn, slot, q_at, s, WIDTH, G, AHEAD, ASM)
+    begin, end, width = tl.load(at), tl.load(at + 1), tl.load(at + 3)
+    first, n = tl.multiple_of(tl.load(at + 4), ALIGN), tl.multiple_of(tl.load(at + 5), ALIGN)
+    if width == 3:
+        s = _segment(base, begin, end, first, n, words, half, full, turn, slot, q_at, s, 3, G, AHEAD, ASM)
+    elif width == 2:
+        s = _segment(base, begin, end, first, n, words, half, full, turn, slot, q_at, s, 2, G, AHEAD, ASM)
+    elif width == 4:
+        s = _segment(base, begin, end, first, n, words, half, full, turn, slot, q_at, s, 4, G, AHEAD, ASM)
+    elif width == 1:
+        s = _segment(base, begin, end, first, n, words, half, full, turn, slot, q_at, s, 1, G, AHEAD, ASM)
+    else:
+        for t in range(begin, end):
+            s = _wide(base, first + (t - begin) * 16, n, half, full, turn, slot, tl.load(q_at + t * 16 * G), books + tl.load(at + 6), width, s)
     return s
 
 
 @triton.jit
 def decode_split(
-    query, aux, key_words, key_sides, value_words, value_sides, tiles, groups, books, value_table, shifts, first_visible, lengths, out, stat,
+    query, aux, key_words, key_sides, value_words, value_sides, groups, books, value_table, shifts, first_visible, lengths, out, stat,
     kb, kh, kb_side, key_rows, vb, vh, vb_side, value_rows, value_offset_row, key_offset_row, tokens_per_split,
     HEADS: tl.constexpr, TILES: tl.constexpr, GROUPS: tl.constexpr, KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, DIM: tl.constexpr,
     KEY_PAGE: tl.constexpr, VALUE_PAGE: tl.constexpr, VTILE: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, KEY_LOG8: tl.constexpr,
-    VALUE_LOG8: tl.constexpr, KEY_OFFSET: tl.constexpr, VALUE_OFFSET: tl.constexpr, ALIGN: tl.constexpr, ASM: tl.constexpr,
+    VALUE_LOG8: tl.constexpr, KEY_OFFSET: tl.constexpr, VALUE_OFFSET: tl.constexpr, ALIGN: tl.constexpr, AHEAD: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """out [B, H, splits, G, DIM], stat [B, H, splits, 2, G] float32: unnormalized outputs, maxima (base 2) and masses."""
     split, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -104,8 +109,7 @@ def decode_split(
     value_words += batch * vb + head * vh
     key_sides += batch * kb_side
     value_sides += batch * vb_side
-    tiles += head * TILES * 16
-    groups += head * GROUPS * 4
+    groups += head * GROUPS * 16
     value_levels = table(value_table)
     within = row % 4
     half, turn, slot = within // 2, tl.load(shifts + row), tl.load(shifts + ROWS + row)
@@ -124,8 +128,8 @@ def decode_split(
         for j in tl.static_range(8):
             t = t + (tl.zeros([ROWS, G], tl.float32) + bias[None, :],)
         for g in range(GROUPS):
-            begin, end, at = tl.load(groups + g * 4), tl.load(groups + g * 4 + 1), tl.load(groups + g * 4 + 2)
-            s = _scores(key_words, tiles, begin, end, half[:, None], key_full, turn[:, None], slot[:, None], query, books, KEY_WIDTH, TILES, G, ROWS, ALIGN, ASM)
+            at = tl.load(groups + g * 16 + 2)
+            s = _scores(key_words, groups + g * 16, half[:, None], key_full, turn[:, None], slot[:, None], query, books, KEY_WIDTH, TILES, G, ROWS, ALIGN, AHEAD, ASM)
             n = ()
             for j in tl.static_range(8):
                 n = n + (t[j] + s[j] * side(key_side + at * 32 + j, token + j < high, KEY_LOG8)[:, None],)
