@@ -5,6 +5,7 @@ RULER makes its prompts itself, from Python's and numpy's global generators and 
 template and example (with most tokenizers about 512 to 1,024 tokens) never returns; they are tried in another process first.
 """
 
+import ast
 import functools
 import hashlib
 import json
@@ -112,6 +113,21 @@ def _columns(rows: list[dict], config: dict, file: Path) -> None:
     named |= {t for t in templates if isinstance(t, str) and t.isidentifier()}
     if missing := sorted(named - rows[0].keys()):
         raise Refusal(f"{file} lacks the column {', '.join(missing)}; it has {', '.join(rows[0])}. Give the task's upstream columns.")
+
+
+@functools.cache
+def embedded_version(*modules: str) -> str:
+    """16 hex digits over what embedded examples are made from: these modules of kvq.standin, those they import from there, the held-out text."""
+    folder, wanted, seen = Path(__file__).parent / "standin", list(modules), {}
+    while wanted:
+        name = wanted.pop()
+        if name in seen or not (folder / f"{name}.py").is_file():
+            continue
+        seen[name] = (folder / f"{name}.py").read_bytes()
+        nodes = [node for node in ast.walk(ast.parse(seen[name])) if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("kvq.standin")]
+        wanted += [part for node in nodes for part in (node.module.split(".")[-1], *(alias.name for alias in node.names))]
+    texts = [file.read_bytes() for file in sorted(folder.glob("text/heldout*"))]
+    return hashlib.sha256(b"".join([*(seen[name] for name in sorted(seen)), *texts])).hexdigest()[:16]
 
 
 def embedded(leaf: str, config: dict, sources: dict, seed: int) -> dict:

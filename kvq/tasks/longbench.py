@@ -14,7 +14,6 @@ Inherited from lm-eval and upstream: ROUGE-L of two sentences of about 1,000 wor
 recursion error; without the package python-Levenshtein the code similarity uses difflib, whose ratio differs slightly.
 """
 
-import functools
 import hashlib
 import json
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ from kvq import batches
 from kvq.errors import Refusal
 from kvq.prompt import FirstLine, first_line, fit, stop_ids
 from kvq.records import Example, Record
+from kvq.taskdata import embedded_version
 
 CATEGORIES = {
     "narrativeqa": "single-doc QA", "qasper": "single-doc QA", "multifieldqa_en": "single-doc QA", "multifieldqa_zh": "single-doc QA",
@@ -61,7 +61,7 @@ class LongBench:
 
     subsets: a name, a group (gsrq7, blockgtq8, kivi8, kivi15, all) or a list of either; null: all that the data has. limit: first examples per subset.
     context: prompt and answer together, in tokens (null: all the model has). chat: auto, true or false. max_new_tokens: lowers
-    the subsets' own answer caps. chunk: prefill in pieces of this many tokens. Raises Refusal on unknown names.
+    the subsets' own answer caps. max_prompt_tokens: a cap on the prompt alone (Block-GTQ: 31,500). chunk: prefill in pieces of this many tokens. Raises Refusal on unknown names.
     After `check`: sources (subset to where its data came from) and content (a hash of them).
     """
 
@@ -71,13 +71,15 @@ class LongBench:
 
     def __init__(
         self, data="hub", subsets=None, limit=None, context=None, batch_size=1, seed=0, chat="auto", thinking=False,
-        max_new_tokens=None, strict_stop=False, chunk=None,
+        max_prompt_tokens=None, max_new_tokens=None, strict_stop=False, chunk=None,
     ):  # fmt: skip
         self.data, self.limit, self.context, self.batch_size, self.seed = str(data), limit, context, batch_size, seed
         self.thinking, self.max_new_tokens, self.strict_stop, self.chunk = thinking, max_new_tokens, strict_stop, chunk
+        self.max_prompt_tokens = max_prompt_tokens
         if chat not in ("auto", True, False):
             raise Refusal(f"task.chat={chat} is not one of auto, true, false.")
-        for name, value in (("limit", limit), ("context", context), ("max_new_tokens", max_new_tokens), ("chunk", chunk)):
+        numbers = {"limit": limit, "context": context, "max_prompt_tokens": max_prompt_tokens, "max_new_tokens": max_new_tokens, "chunk": chunk}
+        for name, value in numbers.items():
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise Refusal(f"task.{name}={value} must be a whole number of at least 1.")
         batches.check(batch_size)
@@ -95,7 +97,7 @@ class LongBench:
             absent = [subset for subset in self.subsets if subset not in SUBSETS]
             if absent:
                 raise Refusal(f"The embedded data has no {', '.join(absent)}; it has {', '.join(SUBSETS)}.")
-            self.sources = dict.fromkeys(self.subsets, f"embedded, seed {self.seed}, code {_embedded_version()}")
+            self.sources = dict.fromkeys(self.subsets, f"embedded, seed {self.seed}, code {embedded_version('suite')}")
         for subset in self.subsets if self.data != "embedded" else ():
             if subset not in self._docs:
                 rows, self.sources[subset] = _from_hub(subset, self.limit) if self.data == "hub" else _from_folder(self.data, subset, self.limit)
@@ -129,7 +131,8 @@ class LongBench:
             chat, cap = self._templated(subset, lm.tokenizer), self._cap(subset)
             some = [example for example in examples if example.subset == subset]
             texts = [self._tasks[subset].fewshot_context(example.payload, num_fewshot=0) for example in some]
-            prompts = [fit(lm.tokenizer, text, context - cap, chat, self.thinking) for text in texts]
+            room = min(context - cap, self.max_prompt_tokens or context)
+            prompts = [fit(lm.tokenizer, text, room, chat, self.thinking) for text in texts]
             for index, answer, _ in batches.answers(lm, [ids for ids, _ in prompts], cap, self.batch_size, stops, chunk=self.chunk, options=self._ends(lm, subset)):
                 ids, length = prompts[index]
                 yield self._record(some[index], answer, lm.tokenizer) | {
@@ -200,16 +203,6 @@ def expand(subsets) -> list[str]:
         what = f"no subset {', '.join(map(str, unknown))}" if unknown else "nothing to do with an empty list of subsets"
         raise Refusal(f"LongBench has {what}. Groups: {', '.join(GROUPS)}. Subsets: {', '.join(CATEGORIES)}; with _e: {', '.join(LENGTH_BALANCED)}.")
     return list(dict.fromkeys(subset for name in names for subset in GROUPS.get(name, [name])))
-
-
-@functools.cache
-def _embedded_version() -> str:
-    """16 hex digits over the code and the text that the embedded examples are made from."""
-    import kvq.standin
-
-    folder = Path(kvq.standin.__file__).parent
-    files = sorted(file for pattern in ("*.py", "text/*") for file in folder.glob(pattern))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
 def _plain(subset: str) -> str:

@@ -14,6 +14,7 @@ from kvq import batches, calibrate
 from kvq.errors import Refusal
 from kvq.prompt import stop_ids
 from kvq.records import Example, Record
+from kvq.taskdata import embedded_version
 
 KINDS = ("single", "distractor", "multi", "multikey", "multivalue", "multiquery")
 HUB = "hub:baber/paul_graham_essays:default:train"
@@ -32,7 +33,10 @@ class NIAH:
     metric = "score"
     perfect = 100.0
 
-    def __init__(self, data: str, limit: int, subsets: list[str] | None, context: int | None, lengths: list[int], depths: int, batch_size: int | str, max_new_tokens: int, chunk: int | None = None, seed: int = 0):
+    def __init__(
+        self, data: str, limit: int, subsets: list[str] | None, context: int | None, lengths: list[int], depths: int, batch_size: int | str,
+        max_new_tokens: int, chunk: int | None = None, seed: int = 0,
+    ):  # fmt: skip
         unknown = [s for s in subsets or [] if s not in KINDS]
         if unknown:
             raise Refusal(f"niah has no subset {', '.join(unknown)}; choose from {', '.join(KINDS)}.")
@@ -52,7 +56,7 @@ class NIAH:
 
     def check(self) -> None:
         """Read the haystack before any model, and fingerprint it. Raises Refusal if there is none."""
-        self.content = _embedded() if self.data == "embedded" else hashlib.sha256(text(self.data).encode()).hexdigest()[:16]
+        self.content = embedded_version("needles", "filler") if self.data == "embedded" else hashlib.sha256(text(self.data).encode()).hexdigest()[:16]
 
     def examples(self, lm) -> list[Example]:
         """One example per (kind, length, depth, trial): {prompt, answers, kind, depth}."""
@@ -100,15 +104,6 @@ def text(data: str) -> str:
         return "\n\n".join(file.read_text(encoding="utf-8") for file in files)[:CHARACTERS]
     except UnicodeDecodeError as error:
         raise Refusal(f"task.data={data} holds a file that is not UTF-8 text: {error}.") from error
-
-
-def _embedded() -> str:
-    """16 hex digits over the code and the text that embedded prompts are made from."""
-    import kvq.standin
-
-    folder = Path(kvq.standin.__file__).parent
-    files = [*(folder / f"{name}.py" for name in ("needles", "filler", "lexicon", "corpus", "prose")), *sorted(folder.glob("text/heldout*"))]
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
 def _prompts(kind: str, count: int, tokens: int, depth: float, haystack, seed: int) -> list[dict]:

@@ -75,6 +75,28 @@ def test_the_real_maker_ends_at_its_standard_length_and_not_below_its_example():
         taskdata._try("ruler_vt", tokenizer, 512)
 
 
+def test_the_version_covers_what_examples_are_made_from(monkeypatch, tmp_path):
+    import shutil
+    from pathlib import Path
+
+    copy = tmp_path / "standin"
+    shutil.copytree(Path(taskdata.__file__).parent / "standin", copy, ignore=shutil.ignore_patterns("model", "__pycache__"))
+    monkeypatch.setattr(taskdata, "__file__", str(tmp_path / "taskdata.py"))
+
+    def version():
+        taskdata.embedded_version.cache_clear()
+        return taskdata.embedded_version("suite")
+
+    before = version()
+    for name, matters in (("train.py", False), ("mix.py", False), ("suite.py", True), ("prose.py", True), ("lexicon.py", True), ("text/heldout.txt.gz", True)):
+        with open(copy / name, "ab") as file:
+            file.write(b"\n#")
+        after = version()
+        assert (after != before) == matters, name
+        before = after
+    taskdata.embedded_version.cache_clear()
+
+
 def test_splits_of_embedded_tasks_do_not_meet():
     sources = {}
     splits = taskdata.embedded("gsm8k", {"test_split": "test", "training_split": "train", "fewshot_split": "train"}, sources, 0)

@@ -145,6 +145,11 @@ def test_middle_truncation_keeps_head_and_tail(folder, lm):
     assert record["truncated"] == "middle" and record["prompt_tokens"] == 192 < record["full_prompt_tokens"]
 
 
+def test_a_cap_on_the_prompt_is_one_whatever_the_answer(folder, lm):
+    found = records(LongBench(data=str(folder), subsets=["qasper", "lcc"], limit=1, max_prompt_tokens=120, max_new_tokens=4), lm)
+    assert {r["prompt_tokens"] for r in found.values()} == {120} and all(r["truncated"] == "middle" for r in found.values())
+
+
 def test_truncation_survives_characters_of_many_tokens(lm):
     ids, _ = fit(lm.tokenizer, "é漢字" * 200, 101, chat=False)
     assert len(ids) <= 101
