@@ -11,7 +11,7 @@ import tomllib
 import traceback
 import warnings
 
-from kvq import sweep
+from kvq import slots, sweep
 from kvq.errors import Refusal
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -47,14 +47,12 @@ def cell(cfg) -> None:
         return
     where = sweep.folder(cfg.outputs, cfg.sweep)
     launcher = chosen.runtime.choices["hydra/launcher"]
-    if launcher in PLACED:
-        from kvq import slots
-
-        slots.take(where / ".slots", cfg.jobs, chosen.job.num)
     note = sweep.Note(where, list(chosen.overrides.task))
-    note.write("running")
     try:
-        _noted(cfg, choices, note)
+        if launcher in PLACED:
+            slots.take(where / ".slots", cfg.jobs, chosen.job.num)
+        note.write("running")
+        _noted(cfg, choices, note, wait=launcher == "submitit_slurm")  # a queued job has nothing else to do
     except Exception as error:
         reason = explain(error)
         print(f"failed: {' '.join(note.state['cell'])}: {reason}", file=sys.stderr, flush=True)
@@ -62,7 +60,7 @@ def cell(cfg) -> None:
         _free_memory()
 
 
-def _noted(cfg, choices, note: sweep.Note) -> None:
+def _noted(cfg, choices, note: sweep.Note, wait: bool) -> None:
     from kvq.claim import Busy
 
     _quiet()
@@ -75,7 +73,7 @@ def _noted(cfg, choices, note: sweep.Note) -> None:
         note.write("running", **known)
 
     try:
-        run(cfg, choices, wait=False, note=remember)
+        run(cfg, choices, wait=wait, note=remember)
     except Busy as busy:
         print(f"left to {busy}: {' '.join(note.state['cell'])}", flush=True)
         note.write("claimed", by=str(busy))
@@ -108,6 +106,9 @@ def main() -> int:
     from kvq import plan
 
     arguments, plan.launched = list(sys.argv), None
+    noted = os.environ.get(slots.GPUS)
+    if any(a.startswith("hydra/launcher=") for a in arguments):
+        os.environ[slots.GPUS] = ",".join(slots.visible_gpus())
     if not any(a.startswith("sweep=") for a in arguments):
         sys.argv = [*arguments, f"sweep={sweep.name_of(arguments[1:])}"]
     try:
@@ -117,6 +118,8 @@ def main() -> int:
         return 130
     finally:
         sys.argv = arguments
+        if noted is None:
+            os.environ.pop(slots.GPUS, None)
     if problem:
         print(f"error: {problem[1]}", file=sys.stderr)
     code = _summary(*plan.launched) if plan.launched else 0

@@ -49,7 +49,8 @@ class Rope:
         probe = torch.empty(0, dtype=torch.float32, device=positions.device)
         by_layer = isinstance(getattr(self.module, "rope_type", None), dict)
         tables = self.module(probe, positions, self.layer_types[layer]) if by_layer else self.module(probe, positions)
-        return tables if isinstance(tables, tuple) else (tables,)
+        tables = tables if isinstance(tables, tuple) else (tables,)
+        return tuple(table.to(positions.device) for table in tables)  # accelerate computes them where the rotary module is
 
     def scaling(self, layer: int = 0) -> float:
         """The attention scaling that the tables carry (1 except for YaRN and its kin)."""

@@ -11,13 +11,19 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from kvq.claim import HOST
+from kvq.errors import Refusal
 
 _held: FileLock | None = None
 
 
 def take(folder: Path, jobs: int, prefer: int, pin: bool = True) -> int:
-    """Wait for a free place, the job's own number first; pin GPU (`pin`) and threads. Call before CUDA or OpenMP start. Returns the place."""
+    """Wait for a free place, the job's own number first; pin GPU (`pin`) and threads. Call before CUDA or OpenMP start. Returns the place.
+
+    Raises Refusal unless jobs is at least 1.
+    """
     global _held
+    if isinstance(jobs, bool) or not isinstance(jobs, int) or jobs < 1:
+        raise Refusal(f"jobs={jobs} is not a whole number from 1 on.")
     if _held is not None:
         return int(Path(_held.lock_file).stem.rpartition("-")[2])
     folder.mkdir(parents=True, exist_ok=True)
@@ -48,9 +54,13 @@ def _wait(folder: Path, jobs: int, prefer: int) -> int:
         time.sleep(0.2)
 
 
+GPUS = "KVQ_GPUS"
+"""The launching process's GPUs, noted for its workers: submitit's local executor hides all of them from jobs that ask it for none."""
+
+
 def visible_gpus() -> list[str]:
-    """Ids of the GPUs this process may use, without touching CUDA."""
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    """Ids of the GPUs this process or the one that launched it may use, without touching CUDA."""
+    given = os.environ.get(GPUS, os.environ.get("CUDA_VISIBLE_DEVICES"))
     if given is not None:
         return [gpu for gpu in given.split(",") if gpu.strip()]
     try:

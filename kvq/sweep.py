@@ -45,11 +45,11 @@ class Note:
     def __init__(self, where: Path, overrides: list[str]):
         cell = essence(overrides)
         self.path = where / f"{key_of(cell)}.json"
-        place = {"gpu": os.environ.get("CUDA_VISIBLE_DEVICES"), "threads": os.environ.get("OMP_NUM_THREADS")}
-        self.state = {"cell": cell, "pid": os.getpid(), "host": HOST, **place, "started": now()}
+        self.state = {"cell": cell, "pid": os.getpid(), "host": HOST, "started": now()}
 
     def write(self, state: str, **more) -> None:
-        self.state.update(state=state, ended=None if state == "running" else now(), **more)
+        place = {"gpu": os.environ.get("CUDA_VISIBLE_DEVICES"), "threads": os.environ.get("OMP_NUM_THREADS")}
+        self.state.update(state=state, ended=None if state == "running" else now(), **place, **more)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write(self.path, self.state)
 

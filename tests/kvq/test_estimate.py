@@ -10,7 +10,9 @@ from kvq.errors import Refusal
 from tests.kvq.test_runner import cell  # noqa: F401  fixture
 
 QUANTS = {
-    "fp16": [], "int4": [], "int8": [], "fp8": ["quant.key.granularity=token_head", "quant.value.granularity=token_head"], "tq_mse": ["bits=2"], "int4 with a window": ["quant.window=16", "quant.sink=4"], "kivi": ["bits=2", "quant.window=32"],
+    "fp16": [], "int4": [], "int8": [],
+    "fp8": ["quant.key.granularity=token_head", "quant.value.granularity=token_head"], "tq_mse": ["bits=2"],
+    "int4 with a window": ["quant.window=16", "quant.sink=4"], "kivi": ["bits=2", "quant.window=32"],
 }  # fmt: skip
 
 
