@@ -58,7 +58,7 @@ def write(rows: list[dict], path: Path) -> pd.DataFrame:
         raise ValueError(f"No token was encoded under quant={frame.quant.iloc[0]}: the score would be fp16 under another name; nothing was written.")
     table = pa.Table.from_pandas(frame, preserve_index=False)
     table = table.replace_schema_metadata({**table.schema.metadata, DIGEST: _digest(frame)})
-    replace(path, lambda temporary: pq.write_table(table, temporary, write_page_checksum=True))
+    replace(path, lambda temporary: pq.write_table(table, temporary, write_page_checksum=True, write_statistics=False))
     return frame
 
 
