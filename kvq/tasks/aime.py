@@ -25,7 +25,7 @@ REMEDY = "Without network, give a folder with aime24.jsonl or such a file (colum
 PROBLEM, ANSWER, KEY = ("problem", "question", "Problem", "Question"), ("answer", "Answer"), ("id", "ID", "problem_idx")
 INSTRUCTION = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{{}}."
 PLAIN = "Question: {problem}\nAnswer:"
-EMBEDDED_PROBLEMS, EMBEDDED_TOKENS = 30, 100
+EMBEDDED_PROBLEMS, EMBEDDED_TOKENS, EMBEDDED_SHOTS = 30, 100, 4
 
 
 class AIME:
@@ -33,8 +33,8 @@ class AIME:
 
     subsets: aime24, aime25 or the folder's files; null: all. limit: first problems per subset. repeats: samples per problem.
     temperature 0 decodes greedily. chat: auto, true or false. opening: text the answer starts with (`<think>`), unless the template has
-    put it there. shots: solved problems in front of each embedded one, which makes prompts longer than an exact window. Raises Refusal
-    on bad options.
+    put it there. shots: solved problems in front of each embedded one (null: four), which make prompts longer than an exact window.
+    Raises Refusal on bad options.
     """
 
     one_pass = False
@@ -43,8 +43,10 @@ class AIME:
 
     def __init__(
         self, data="hub", subsets=None, limit=None, repeats=8, temperature=0.6, top_p=0.95, max_new_tokens=32768, batch_size=1,
-        chat="auto", thinking=True, opening=None, shots=0, chunk=None, seed=0,
+        chat="auto", thinking=True, opening=None, shots=None, chunk=None, seed=0,
     ):  # fmt: skip
+        if shots is None:
+            shots = EMBEDDED_SHOTS if data == "embedded" else 0
         if isinstance(shots, bool) or not isinstance(shots, int) or shots < 0:
             raise Refusal(f"task.shots={shots} must be a whole number of at least 0.")
         if shots and data != "embedded":

@@ -137,10 +137,24 @@ def test_average_over_repeats_and_errors_over_problems(folder):
 
 
 def test_embedded_problems_need_few_tokens():
-    task = AIME(data="embedded", limit=2, repeats=1)
+    task = AIME(data="embedded", limit=2, repeats=1, shots=0)
     examples = task.examples(TinyLM(max_length=1024))
     assert task.cap == 100 and [e.id for e in examples] == ["arithmetic/0/0", "arithmetic/1/0"]
-    assert AIME(data="embedded", limit=2, seed=1, repeats=1).examples(TinyLM(max_length=1024))[0].payload["problem"] != examples[0].payload["problem"]
+    assert AIME(data="embedded", limit=2, seed=1, repeats=1, shots=0).examples(TinyLM(max_length=1024))[0].payload["problem"] != examples[0].payload["problem"]
+
+
+def test_solved_problems_stand_in_front_of_embedded_ones():
+    lm = TinyLM(max_length=8192)
+    bare, shown = (AIME(data="embedded", limit=3, repeats=1, shots=n).examples(lm) for n in (0, None))
+    for a, b in zip(bare, shown, strict=True):
+        short, long = (lm.tokenizer.decode(e.payload["prompt"], skip_special_tokens=True) for e in (a, b))
+        assert long.endswith(short) and long.count("The answer is \\boxed{") == 4 and a.payload["problem"] not in long[: -len(short)]
+        assert a.id == b.id and a.payload["answer"] == b.payload["answer"]
+    with pytest.raises(Refusal, match="only task.data=embedded has"):
+        AIME(data="hub", shots=1)
+    with pytest.raises(Refusal, match="task.shots=-1"):
+        AIME(data="embedded", shots=-1)
+    assert AIME(data="hub").shots == 0
 
 
 def test_opening_is_added_once(folder):
@@ -176,5 +190,6 @@ def test_bad_data_is_refused(tmp_path, folder):
         bad.write_text(line + "\n")
         with pytest.raises(Refusal, match=words):
             AIME(data=str(bad)).check()
-    with pytest.raises(Refusal, match="set task.max_new_tokens="):
-        AIME(data=str(folder / "aime24.jsonl")).examples(TinyLM(max_length=256))
+    for cap, words in ((None, "lower task.max_new_tokens"), (250, "set task.max_new_tokens=")):
+        with pytest.raises(Refusal, match=words):
+            AIME(data=str(folder / "aime24.jsonl"), max_new_tokens=cap or 32768).examples(TinyLM(max_length=256))

@@ -17,7 +17,7 @@ OTHERS = {
     "longbench": ["task.subsets=[qasper,trec]", "task.limit=12", "task.context=640", "task.max_new_tokens=24"],
     "perplexity": ["task.context=512", "task.limit=24", "task.stride=256", "task.batch_size=2"],
     "choices": ["task.limit=24", "task.lines=40", "task.batch_size=2"],
-    "aime": ["task.limit=6", "task.repeats=4", "task.shots=2", "task.max_new_tokens=24", "task.batch_size=3"],
+    "aime": ["task.limit=6", "task.repeats=4", "task.max_new_tokens=24", "task.batch_size=3"],
     "gsm8k": ["task.limit=24", "task.num_fewshot=2", "task.max_new_tokens=24"],
     "fewshot": ["task.tasks=[hellaswag]", "task.num_fewshot=2", "task.limit=24"],
 }
