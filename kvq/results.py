@@ -107,15 +107,16 @@ def load(folder: Path = Path("results"), **where) -> pd.DataFrame:
 
 
 def provenance(device: str) -> dict:
-    """Where a row comes from: commit (KVQ_COMMIT in a tree without git), dirty flag, UTC date, device, library versions."""
+    """Where a row comes from: commit (KVQ_COMMIT, where it is set, speaks for an exported tree), dirty flag, UTC date, device, library versions."""
 
     def git(*arguments):
         found = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=Path(__file__).parent)
         return found.stdout.strip() if found.returncode == 0 else ""
 
+    exported = os.environ.get("KVQ_COMMIT", "")
     return {
-        "commit": git("rev-parse", "--short=12", "HEAD") or os.environ.get("KVQ_COMMIT", ""),
-        "dirty": bool(git("status", "--porcelain", "--untracked-files=no", "--", ":!results")),
+        "commit": exported or git("rev-parse", "--short=12", "HEAD"),
+        "dirty": not exported and bool(git("status", "--porcelain", "--untracked-files=no", "--", ":!results")),
         "date": pd.Timestamp.now("UTC").strftime("%Y-%m-%dT%H:%M:%SZ"),
         "device": device,
         "torch": importlib.metadata.version("torch"),
