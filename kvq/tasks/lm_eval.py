@@ -52,18 +52,16 @@ class LMEval:
         self.chat, self.max_new_tokens, self.fewshot_seed, self.chunk = chat, max_new_tokens, fewshot_seed, chunk
         if include_path and not Path(include_path).is_dir():
             raise Refusal(f"task.include_path={include_path} is not a folder.")
-        asked = self.names
-        if self.data == "embedded" and any(name in EMBEDDED for name in asked):
-            self.names = [name for name in asked if name in EMBEDDED]
+        if self.data == "embedded" and any(name in EMBEDDED for name in self.names):
+            self.names = [name for name in self.names if name in EMBEDDED]
         self.needs, metadata, self.seed, self.score = dict(needs or {}), dict(metadata or {}), seed, score
         if "tokenizer" in metadata:
             metadata["tokenizer"] = str(folder(metadata["tokenizer"]) or metadata["tokenizer"])
         self.metadata = metadata
         self.manager = manager(tuple(self.names), include_path, json.dumps(metadata, sort_keys=True))
         self.leaves = {name: _leaves(self.manager.task_index, name) for name in self.names}
-        named = list(num_fewshot) if isinstance(num_fewshot, dict) else []
-        if unknown := [name for name in named if name not in asked]:
-            raise Refusal(f"task.num_fewshot names {', '.join(unknown)}, which task.tasks does not hold.")
+        if isinstance(num_fewshot, dict) and (missing := [name for name in self.names if name not in num_fewshot]):
+            raise Refusal(f"task.num_fewshot has no entry for {', '.join(missing)} (it has {', '.join(num_fewshot)}): add one, or give one number for all tasks.")
         self.subset_of, self.categories = {}, {}
         for name, leaves in self.leaves.items():
             pooled = _pooled(self.manager.task_index[name].cfg)

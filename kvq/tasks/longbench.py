@@ -96,7 +96,7 @@ class LongBench:
 
             absent = [subset for subset in self.subsets if subset not in SUBSETS]
             if absent:
-                raise Refusal(f"The embedded data has no {', '.join(absent)}; it has {', '.join(SUBSETS)}.")
+                raise Refusal(f"The embedded data has no {', '.join(absent)}; it has {', '.join(SUBSETS)}. Name those in task.subsets, or none for all.")
             self.sources = dict.fromkeys(self.subsets, f"embedded, seed {self.seed}, code {embedded_version('suite')}")
         for subset in self.subsets if self.data != "embedded" else ():
             if subset not in self._docs:

@@ -204,7 +204,7 @@ def test_data_from_a_folder(folder, lm, tmp_path):
         ({"tasks": "piqa", "batch_size": "all"}, "or auto"),
         ({"tasks": "wikitext"}, "use task=perplexity"),
         ({"tasks": "piqa", "include_path": "/nowhere"}, "not a folder"),
-        ({"tasks": "piqa", "num_fewshot": {"arc_easy": 3}}, "arc_easy"),
+        ({"tasks": "piqa", "num_fewshot": {"arc_easy": 3}}, "no entry for piqa .it has arc_easy."),
     ],
 )
 def test_refusals_before_any_model(options, sentence):
@@ -261,7 +261,7 @@ def test_embedded_documents(task, shots):
 
 
 def test_embedded_fewshot_keeps_the_tasks_that_have_data():
-    task = LMEval(["arc_challenge", "winogrande", "piqa"], {"winogrande": 5, "arc_challenge": 1}, data="embedded")
+    task = LMEval(["arc_challenge", "winogrande", "piqa"], {"winogrande": 5, "arc_challenge": 1, "piqa": 0}, data="embedded")
     assert task.names == ["arc_challenge", "piqa"]
 
 
