@@ -14,21 +14,23 @@ from torch import Tensor
 
 TILE = 64  # tokens rebuilt at once
 SHARE = 512  # fewest tokens worth a program of their own
-EXACT, UNROLL, WARPS, REGISTERS = False, 2, 4, None
 PROGRAMS = 1056  # eight for each of 132 multiprocessors
+LIMIT = {"num_warps": 4, "maxnreg": 128}  # four programs to a multiprocessor; more registers mean two
 
 
 @triton.jit
 def _rebuild(
     codes, tables, token, seen, stride_code, stride_token, channel: tl.constexpr,
-    PARTS: tl.constexpr, W: tl.constexpr, PIECE: tl.constexpr, R: tl.constexpr, K: tl.constexpr, EXACT: tl.constexpr, UNROLL: tl.constexpr,
+    PARTS: tl.constexpr, W: tl.constexpr, PIECE: tl.constexpr, R: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     # [tokens, PARTS, W] channels from `channel` of a head on: the sum of one row per stage
     part, i = tl.arange(0, PARTS), tl.arange(0, W)
     begin = channel + part * W
     piece, column = begin // PIECE, begin % PIECE
-    total = tl.zeros([token.shape[0], PARTS, W], tl.float32 if EXACT else tl.float16)
-    for stage in tl.range(0, R, loop_unroll_factor=UNROLL, num_stages=1):
+    # float16 sums: the tile is float16 for the product anyway. A loop that stays a loop keeps the layout of the loads; unrolled whole,
+    # every row would pass through shared memory on its way to the product's layout.
+    total = tl.zeros([token.shape[0], PARTS, W], tl.float16)
+    for stage in tl.range(0, R, loop_unroll_factor=4 if R >= 8 else 2, num_stages=1):
         code = tl.load(codes + (piece * R + stage)[None, :] * stride_code + token[:, None] * stride_token, mask=seen[:, None], other=0).to(tl.int32)
         row = ((piece * R + stage)[None, :] * K + code) * PIECE
         total += tl.load(tables + row[:, :, None] + column[None, :, None] + i[None, None, :]).to(total.dtype)
@@ -56,7 +58,7 @@ def _attend(
     tokens, share, scale, key_batch, key_stride, key_token, value_batch, value_stride, value_token,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, K: tl.constexpr,
     KEY_PIECE: tl.constexpr, KEY_STAGES: tl.constexpr, VALUE_PIECE: tl.constexpr, VALUE_STAGES: tl.constexpr,
-    ROTARY: tl.constexpr, RAGGED: tl.constexpr, EXACT: tl.constexpr, UNROLL: tl.constexpr, BT: tl.constexpr, BG: tl.constexpr,
+    ROTARY: tl.constexpr, RAGGED: tl.constexpr, BT: tl.constexpr, BG: tl.constexpr,
 ):  # fmt: skip
     batch, head, split = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS, tl.program_id(1)
     HALF: tl.constexpr = D // 2
@@ -86,8 +88,8 @@ def _attend(
     for at in tl.range(split * share, tl.minimum(tokens, split * share + share), BT, num_stages=1):
         token = at + t
         seen = token < tokens
-        k_low = _rebuild(key_codes, key_tables, token, seen, key_stride, key_token, 0, HALF // KEY_W, KEY_W, KEY_PIECE, KEY_STAGES, K, EXACT, UNROLL)
-        k_high = _rebuild(key_codes, key_tables, token, seen, key_stride, key_token, HALF, HALF // KEY_W, KEY_W, KEY_PIECE, KEY_STAGES, K, EXACT, UNROLL)
+        k_low = _rebuild(key_codes, key_tables, token, seen, key_stride, key_token, 0, HALF // KEY_W, KEY_W, KEY_PIECE, KEY_STAGES, K)
+        k_high = _rebuild(key_codes, key_tables, token, seen, key_stride, key_token, HALF, HALF // KEY_W, KEY_W, KEY_PIECE, KEY_STAGES, K)
         q_low, q_high = low, high
         if ROTARY:
             c, s = _turn(((start + at) // BT).to(tl.float32) * leap + ((start + at) % BT).to(tl.float32) * once)
@@ -105,7 +107,7 @@ def _attend(
         weight = tl.exp2((score - shift[:, None]) * 1.4426950408889634)
         fade = tl.exp2((peak - shift) * 1.4426950408889634)
         mass = mass * fade + tl.sum(weight, 1)
-        value = _rebuild(value_codes, value_tables, token, seen, value_stride, value_token, 0, D // VALUE_W, VALUE_W, VALUE_PIECE, VALUE_STAGES, K, EXACT, UNROLL)
+        value = _rebuild(value_codes, value_tables, token, seen, value_stride, value_token, 0, D // VALUE_W, VALUE_W, VALUE_PIECE, VALUE_STAGES, K)
         total = total * fade[:, None] + tl.dot(weight.to(tl.float16), tl.reshape(value.to(tl.float16), [BT, D]))
         peak = top
     place = (split * tl.num_programs(0) + tl.program_id(0)) * GROUP + g
@@ -128,7 +130,7 @@ def _merge(parts, sums, out, lse, count, rows, D: tl.constexpr, SPLITS: tl.const
     tl.store(lse + row, tl.where(mass > 0, top + tl.log(mass), float("-inf")))
 
 
-@functools.cache
+@functools.lru_cache(256)
 def _rotation(inv_freq: Tensor) -> tuple[Tensor, Tensor]:
     # Turns per token and per tile [2, D/2], and cosines and sines of a tile's offsets [2, TILE, D/2]; cached by the tensor's identity
     once = inv_freq.double() / (2 * torch.pi)
@@ -157,7 +159,7 @@ def attend(
         tokens, share, scale, *key_codes.stride(), *value_codes.stride(),
         HEADS=heads, GROUP=group, D=dim, K=entries, KEY_PIECE=piece, KEY_STAGES=stages,
         VALUE_PIECE=value_tables.shape[3], VALUE_STAGES=value_tables.shape[1],
-        ROTARY=inv_freq is not None, RAGGED=first is not None, EXACT=EXACT, UNROLL=UNROLL, BT=TILE, BG=max(16, triton.next_power_of_2(group)), num_warps=WARPS, maxnreg=REGISTERS,
+        ROTARY=inv_freq is not None, RAGGED=first is not None, BT=TILE, BG=max(16, triton.next_power_of_2(group)), **LIMIT,
     )  # fmt: skip
     if splits == 1:
         return parts.view(query.shape), sums.view(batch, queries)

@@ -13,7 +13,7 @@ from kernels.kmeans import kmeans
 @pytest.mark.parametrize("cluster", [gskm, kmeans], ids=["gskm", "kmeans"])
 def test_prefix_of_the_stages_is_the_coarser_fit(cluster):
     x = torch.randn(2, 400, 64, generator=torch.Generator().manual_seed(0))
-    calibration = SimpleNamespace(x=x, kind="key", layer=1, seed=0, grads=None)
+    calibration = SimpleNamespace(x=x, kind="key", layer=1, seed=0, grads=None, pairs=None, inv_freq=None)
 
     def make(bits):
         return GSRQ(bits, entries=16, piece=64, cluster=lambda *a, **k: cluster(*a, rounds=4, **k))

@@ -21,7 +21,7 @@ def calibration(n=1200, heads=HEADS, dim=DIM, kind="key", layer=0, scale=1.0, se
     mix = torch.randn(heads * dim, heads * dim, generator=draw) / (heads * dim) ** 0.5
     x = (torch.randn(n, heads * dim, generator=draw) @ mix).view(n, heads, dim).transpose(0, 1) * scale
     grads = torch.rand(n, heads * dim // 8, generator=draw).square()
-    return SimpleNamespace(x=x.contiguous(), kind=kind, layer=layer, seed=0, queries=None, grads=grads)
+    return SimpleNamespace(x=x.contiguous(), kind=kind, layer=layer, seed=0, queries=None, grads=grads, pairs=None, inv_freq=None)
 
 
 def make(bits=0.75, **options):
