@@ -105,7 +105,7 @@ def main() -> int:
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([ROOT, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]))  # for workers
     from kvq import plan
 
-    arguments, plan.launched = list(sys.argv), None
+    arguments, plan.launched, plan.started = list(sys.argv), None, False
     noted = os.environ.get(slots.GPUS)
     if any(a.startswith("hydra/launcher=") for a in arguments):
         os.environ[slots.GPUS] = ",".join(slots.visible_gpus())
@@ -120,6 +120,8 @@ def main() -> int:
         sys.argv = arguments
         if noted is None:
             os.environ.pop(slots.GPUS, None)
+    if plan.started and not plan.launched:
+        problem = problem or (1, "the plan of the sweep could not be written (see the warning above); its cells ran, but nobody counted what failed.")
     if problem:
         print(f"error: {problem[1]}", file=sys.stderr)
     code = _summary(*plan.launched) if plan.launched else 0

@@ -10,6 +10,8 @@ from kvq import sweep
 
 launched: tuple[Path, list[str]] | None = None
 """Folder and cell keys of the sweep that this process launched."""
+started = False
+"""Whether a sweep began at all: Hydra turns a callback's exception into a warning, and without a plan nobody would count the failures."""
 
 
 class Plan(Callback):
@@ -20,7 +22,8 @@ class Plan(Callback):
         from hydra.core.global_hydra import GlobalHydra
         from hydra.core.override_parser.overrides_parser import OverridesParser
 
-        global launched
+        global launched, started
+        started = True
         words = [f"{k}={v}" for k, v in (config.hydra.sweeper.get("params") or {}).items()] + list(config.hydra.overrides.task)
         parsed = OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides(words)
         cells = [sweep.essence(cell) for batch in BasicSweeper.split_arguments(parsed, None) for cell in batch]

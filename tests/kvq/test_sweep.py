@@ -221,3 +221,15 @@ def test_an_unexpected_error_is_a_sentence_and_the_sweep_goes_on(tmp_path, monke
     err = capsys.readouterr().err
     assert re.search(r"error: task.context=32: unexpected IndexError: index 7 is out of range at tests.*:\d+\.", err) and "Traceback" not in err
     assert "1 of 2 cells done, 1 failed" in err and "Traceback" in next(n for n in noted(tmp_path) if n["state"] == "failed")["traceback"]
+
+
+def test_a_sweep_without_a_plan_does_not_pass_for_done(tmp_path, monkeypatch, capsys):
+    from hydra.core.global_hydra import GlobalHydra
+
+    (tmp_path / "outputs" / "sweeps").mkdir(parents=True)
+    (tmp_path / "outputs" / "sweeps" / "test").write_text("in the way")
+    GlobalHydra.instance().clear()
+    monkeypatch.setattr(sys, "argv", ["run.py", "-m", *CELL, "quant=fp16", *folders(tmp_path)])
+    with pytest.warns(UserWarning, match="Plan.on_multirun_start raised"):
+        assert entry.main() == 1
+    assert "error: " in capsys.readouterr().err
