@@ -8,6 +8,7 @@ from torch import Tensor
 
 GAINS = ("unit_norm", "least_squares")
 NORM_BYTES = {"float16": 2, "float32": 4, "log8": 1}
+STORED = {"float16": torch.float16, "float32": torch.float32, "log8": torch.uint8}
 _STEPS, _OFFSET = 8, 128  # log8: 2**((code - 128) / 8), i.e. 2**-15.9 to 2**15.9 in steps of 9 %; code 0 is zero
 
 

@@ -16,7 +16,7 @@ from kernels.scalar import midpoints
 
 from .allocate import allocate, block_budget
 from .energy import SCORES, score_blocks
-from .gain import GAINS, NORM_BYTES, channel_mean, load_norm, prepare, solve_gain, store_norm
+from .gain import GAINS, NORM_BYTES, STORED, channel_mean, load_norm, prepare, solve_gain, store_norm
 from .layout import Group, arrange, static_pairs, unrotated
 from .stream import MixedStream
 from .turboquant import CODEBOOKS, TILE, choose, scalar_levels
@@ -155,7 +155,8 @@ class BlockGTQ(nn.Module):
         tables = self._fitted()._tables
         segments = tuple(Segment(head, start, size, width, book) for head, start, size, width, _, book in self.groups.tolist())
         heads, dim = self.order.shape
-        return Spec(heads, dim, segments, self.levels, tables.rotation, self.mean, self._symbols, self._restore, log8=self.norm_dtype == "log8")
+        numbers = segments, self.levels, tables.rotation, self.mean, self._symbols, self._restore, STORED[self.norm_dtype]
+        return Spec(heads, dim, *numbers, log8=self.norm_dtype == "log8", gain=self.gain)
 
     def fuse(self, value: nn.Module):
         """Attention over packed codes with this value codec, or None where no kernel serves the pair."""

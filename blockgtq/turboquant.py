@@ -16,7 +16,7 @@ from kernels.pages import Segment, Spec
 from kernels.rotate import haar, hadamard, hadamard_signs
 from kernels.scalar import MAX_BITS, gaussian_levels, nearest, sphere_levels
 
-from .gain import GAINS, NORM_BYTES, channel_mean, load_norm, prepare, solve_gain, store_norm
+from .gain import GAINS, NORM_BYTES, STORED, channel_mean, load_norm, prepare, solve_gain, store_norm
 
 KEY_SEED, VALUE_SEED = 42, 1000  # the public code's seeds for keys and values; the constructor's seed is added
 TILE = 4096  # tokens coded at a time, so that the float64 intermediates stay small beside the cache
@@ -141,7 +141,8 @@ class TurboQuantMSE(nn.Module):
         heads, dim = self._fitted()
         segments = tuple(Segment(h, 0, dim, self.code_bits, 0) for h in range(heads))
         rotation = None if self.rotation_kind == "none" else self._unrotate(torch.eye(dim, device=self.levels.device))[None]
-        return Spec(heads, dim, segments, self.levels, rotation, self.mean, self._symbols, self._restore, log8=self.norm_dtype == "log8")
+        numbers = segments, self.levels, rotation, self.mean, self._symbols, self._restore, STORED[self.norm_dtype]
+        return Spec(heads, dim, *numbers, log8=self.norm_dtype == "log8", gain=self.gain)
 
     def fuse(self, value: nn.Module):
         """Attention over packed codes with this value codec, or None where no kernel serves the pair."""

@@ -10,6 +10,7 @@ import json
 import sys
 
 import torch
+import triton
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -59,7 +60,8 @@ def row(provider: str, shape: tuple, result: dict) -> dict:
     rate = result["bytes"] / median / 1e6  # terabytes per second
     return {**base, "microseconds": round(median, 2), "p5": round(low, 2), "p95": round(high, 2), "bytes": result["bytes"], "tb_per_s": round(rate, 3),
             "roofline": round(rate * 1e12 / PEAK, 3), "gpu": torch.cuda.get_device_name(), "torch": torch.__version__,
-            "triton": __import__("triton").__version__, "date": datetime.date.today().isoformat(), "command": "python -m kernels.bench_paged " + " ".join(sys.argv[1:])}  # fmt: skip
+            "triton": triton.__version__, "date": datetime.date.today().isoformat(),
+            "command": "python -m kernels.bench_paged " + " ".join(sys.argv[1:])}  # fmt: skip
 
 
 def main() -> None:

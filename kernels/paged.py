@@ -1,6 +1,6 @@
 """Decode attention over scalar codes in pages: the definition in torch, and the tables and launches of its Triton twin.
 
-Any key codec whose segments are 1 to 8 bits wide, any mixture per head; values at one width of 1 to 4 bits. Both may be rotated, centred,
+Any key codec whose segments are 1 to 8 bits wide, any mixture per head; values at one width. Both may be rotated, centred,
 and carry a gain (and an offset) per token and segment. Head dimensions are multiples of 16.
 """
 
@@ -21,7 +21,7 @@ def fuse(key, value) -> "PagedAttention | None":
     if not hasattr(key, "paged") or not hasattr(value, "paged"):
         return None
     pair = [codec.paged() for codec in (key, value)]
-    return PagedAttention(*pair) if all(s is not None and s.dim % TILE == 0 for s in pair) and _uniform(pair[1]) and pair[1].segments[0].width <= 4 else None
+    return PagedAttention(*pair) if all(s is not None and s.dim % TILE == 0 for s in pair) and _uniform(pair[1]) else None
 
 
 def _uniform(spec: Spec) -> bool:
@@ -88,16 +88,18 @@ class PagedAttention:
             query, table.matrix, table.sums, turned, aux, scale * math.log2(math.e), heads, group, wide, positions, dim, pad, 32
         )
         twin.decode_split[(splits, heads, batch)](
-            turned, aux, key.words, key.sides, value.words, value.sides, table.groups, table.books, table.value_levels, table.shifts, first, lengths,
+            turned, aux, key.words, key.sides, value.words, value.sides, table.groups, table.books, table.value_levels, table.value_books, table.shifts, first, lengths,
             out, stat, key.words.stride(0), key.words.stride(1), key.sides.stride(0), key.sides.shape[2], value.words.stride(0), value.words.stride(1),
             value.sides.stride(0), value.sides.shape[2], len(v.segments), len(k.segments), per_split,
-            heads, positions // TILE, table.groups.shape[1], k.segments[0].width if _uniform(k) and k.segments[0].width <= 4 else 0, v.segments[0].width, dim,
-            self.layouts[0].words, self.layouts[1].words, backend.VTILE if dim % 32 == 0 else 16, wide, rows, k.log8, v.log8, k.offset, v.offset, table.align, backend.AHEAD, backend.ASM,
+            heads, positions // TILE, table.groups.shape[1], table.width, v.segments[0].width, dim,
+            self.layouts[0].words, self.layouts[1].words, backend.VTILE if dim % 32 == 0 else 16, wide, rows, k.log8, v.log8, k.offset, v.offset,
+            table.align, backend.AHEAD, backend.ASM,
             num_warps=1, num_stages=backend.STAGES, **backend.LIMIT,
         )  # fmt: skip
         every = max(16, 1 << (splits - 1).bit_length())
         twin.merge_splits[(batch * heads * group, -(-dim // 32))](out, stat, merged, lse, splits, wide, group, dim, 32, every, min(every, 128))
-        twin.unrotate[(-(-dim // 32), batch * heads * group)](merged, table.back, table.mean, output, table.back.stride(0) if len(table.back) > 1 else 0, heads, group, dim, pad, 32)
+        stride = table.back.stride(0) if len(table.back) > 1 else 0  # heads may share a rotation
+        twin.unrotate[(-(-dim // 32), batch * heads * group)](merged, table.back, table.mean, output, stride, heads, group, dim, pad, 32)
         return output, lse
 
 
@@ -124,12 +126,14 @@ class _Tables:
                 at = end
             groups[head, len(segs) :, 2] = segs[0][0]  # a group without tiles adds zero times any gain
             groups[head, len(segs) :, 3] = 3
+        self.width = key.segments[0].width if _uniform(key) and key.segments[0].width <= 4 else 0  # 0: read widths from `groups`
         self.align = 2 if all(s.size % 2 == 0 for s in key.segments) else 1  # RoPE blocks are pairs of channels
         mean = torch.zeros(key.heads, key.dim) if key.mean is None else key.mean
         self.sums = torch.stack([mean.to(device), self.matrix.sum(1)], 1).contiguous()
         self.groups, self.books = groups.to(device), books.to(device)
-        width = value.segments[0].width
-        self.value_levels = level_bytes(value.levels[value.segments[0].book :][: 2**width].half().cpu()).to(device)
+        seg = value.segments[0]
+        self.value_books = value.levels[seg.book : seg.book + 2**seg.width].half().to(device)
+        self.value_levels = level_bytes(self.value_books[:16].cpu()).to(device)
         self.back = (eye if value.rotation is None else value.rotation).to(device).mT.contiguous()
         self.mean = (torch.zeros(value.heads, value.dim) if value.mean is None else value.mean).to(device).contiguous()
         row = torch.arange(self.rows)

@@ -27,9 +27,8 @@ def _narrow(base, first, n, words, half, full, turn, slot, q, s, WIDTH: tl.const
 
 
 @triton.jit
-def _wide(base, first, n, half, full, turn, slot, q, books, width, s):
-    """Widths 5 to 8: rare, so their levels are gathered from memory."""
-    base += first
+def _gathered(base, half, full, turn, slot, n, books, width):
+    """Levels of 5 to 8 bits, gathered from memory: rare, or a baseline that is not meant to be fast."""
     low = nibbles(base, half * n + full, full, turn, slot, n, 4)
     high = tl.zeros_like(low)
     if width > 5:
@@ -41,7 +40,7 @@ def _wide(base, first, n, half, full, turn, slot, q, books, width, s):
     y = ()
     for j in tl.static_range(8):
         y = y + (tl.load(books + (((low >> (4 * j)) & 15) | (((high >> (4 * j)) & 15) << 4))),)
-    return _dots(y, q, s)
+    return y
 
 
 @triton.jit
@@ -85,13 +84,14 @@ def _scores(
         s = _segment(base, begin, end, first, n, words, half, full, turn, slot, q_at, s, 1, G, AHEAD, ASM)
     else:
         for t in range(begin, end):
-            s = _wide(base, first + (t - begin) * 16, n, half, full, turn, slot, tl.load(q_at + t * 16 * G), books + tl.load(at + 6), width, s)
+            y = _gathered(base + first + (t - begin) * 16, half, full, turn, slot, n, books + tl.load(at + 6), width)
+            s = _dots(y, tl.load(q_at + t * 16 * G), s)
     return s
 
 
 @triton.jit
 def decode_split(
-    query, aux, key_words, key_sides, value_words, value_sides, groups, books, value_table, shifts, first_visible, lengths, out, stat,
+    query, aux, key_words, key_sides, value_words, value_sides, groups, books, value_table, value_books, shifts, first_visible, lengths, out, stat,
     kb, kh, kb_side, key_rows, vb, vh, vb_side, value_rows, value_offset_row, key_offset_row, tokens_per_split,
     HEADS: tl.constexpr, TILES: tl.constexpr, GROUPS: tl.constexpr, KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, DIM: tl.constexpr,
     KEY_PAGE: tl.constexpr, VALUE_PAGE: tl.constexpr, VTILE: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, KEY_LOG8: tl.constexpr,
@@ -156,8 +156,11 @@ def decode_split(
         full = (page * VALUE_PAGE)[None, :] + chan[:, None]
         n = ()
         for d in tl.static_range(DIM // VTILE):
-            word = nibbles(value_words + d * VTILE, half[None, :] * DIM + full, full, turn[None, :], slot[None, :], DIM, VALUE_WIDTH)
-            y = levels(word, value_levels, VALUE_WIDTH, ASM)
+            if VALUE_WIDTH <= 4:
+                word = nibbles(value_words + d * VTILE, half[None, :] * DIM + full, full, turn[None, :], slot[None, :], DIM, VALUE_WIDTH)
+                y = levels(word, value_levels, VALUE_WIDTH, ASM)
+            else:
+                y = _gathered(value_words + d * VTILE, half[None, :], full, turn[None, :], slot[None, :], DIM, value_books, VALUE_WIDTH)
             x = o[d] * decay[None, :]
             for j in tl.static_range(8):
                 x = tl.dot(y[j].to(p[j].dtype), p[j], x, input_precision="ieee")

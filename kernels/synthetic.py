@@ -40,7 +40,7 @@ def spec(heads: int, dim: int, widths: list[list[int]] | int, *, rotated=True, c
     rotation = torch.stack([haar(dim, head) for head in range(heads)]) if rotated else None
     mean = torch.linspace(-1, 1, heads * dim).view(heads, dim) if centred else None
     move = lambda x: None if x is None else x.to(device)  # noqa: E731
-    return Spec(heads, dim, tuple(segments), move(torch.cat(levels)), move(rotation), move(mean), None, None, log8=log8, offset=offset)
+    return Spec(heads, dim, tuple(segments), move(torch.cat(levels)), move(rotation), move(mean), None, None, torch.uint8 if log8 else torch.float16, log8=log8, offset=offset)
 
 
 def pages(spec: Spec, batch: int, tokens: int, generator: torch.Generator | None = None) -> Pages:

@@ -4,9 +4,12 @@ asymmetric: code = round((x - min) / scale), scale = (max - min) / (2^b - 1), fl
 symmetric:  code = round(x / scale),         scale = max|x| / (2^(b-1) - 1),  float16 scale,             b + 16/D bits
 """
 
+import torch
 from torch import Tensor, nn
 
 from kernels.bitpack import pack, packed_bytes, unpack
+from kernels.paged import fuse
+from kernels.pages import Segment, Spec
 from kvq.baselines.affine import dequantize, extent, quantize
 from kvq.baselines.inputs import accept, fitted, half, sizes
 
@@ -61,3 +64,23 @@ class Integer(nn.Module):
         if self.symmetric:
             return (integers - (2 ** (self.code_bits - 1) - 1)) * scale
         return dequantize(integers, codes["minimum"].unsqueeze(-1), scale)
+
+    def paged(self) -> Spec:
+        """The codec as kernels read it: levels are the integers, the gain is the scale, the offset the minimum."""
+        heads, dim = fitted(self.shape)
+        top = 2 ** (self.code_bits - 1) - 1 if self.symmetric else 0
+        levels = torch.arange(2**self.code_bits, device=self.shape.device).float() - top
+        segments = tuple(Segment(h, 0, dim, self.code_bits, 0) for h in range(heads))
+        return Spec(heads, dim, segments, levels, None, None, self._symbols, self._restore, offset=not self.symmetric)
+
+    def fuse(self, value: nn.Module):
+        """Attention over packed codes with this value codec, or None where no kernel serves the pair."""
+        return fuse(self, value)
+
+    def _symbols(self, codes: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        sides = [codes["scale"]] if self.symmetric else [codes["scale"], codes["minimum"]]
+        return unpack(codes["codes"], self.code_bits, fitted(self.shape)[1]), torch.cat(sides, 1)
+
+    def _restore(self, symbols: Tensor, sides: Tensor) -> dict[str, Tensor]:
+        names = ["scale"] if self.symmetric else ["scale", "minimum"]
+        return {"codes": pack(symbols, self.code_bits), **dict(zip(names, sides.chunk(len(names), 1)))}

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from kernels.attention import attend
 from kvq.baselines.integer import Integer
 
 
@@ -49,3 +50,19 @@ def test_unsupported_bits(bits):
 def test_range_beyond_float16_is_refused():
     with pytest.raises(ValueError, match="float16 range"):
         fitted(4, False, 4).encode(torch.full((1, 1, 1, 4), -1e6))
+
+
+@pytest.mark.parametrize("bits, symmetric", [(4, False), (4, True), (2, False), (8, True)])
+def test_attention_reads_what_the_codec_decodes(bits, symmetric):
+    pytest.importorskip("triton")
+    x = torch.randn(2, 2, 2, 45, 32, generator=torch.Generator().manual_seed(bits)) + 0.7
+    codec = fitted(bits, symmetric, 32)
+    fused = codec.fuse(codec)
+    held = [fused.held(i) for i in (0, 1)]
+    for pages, part in zip(held, x):
+        codes = codec.encode(part)
+        pages.append(codes)
+        assert all(torch.equal(pages.codes[name], codes[name]) for name in codes)
+    query = torch.randn(2, 4, 32, generator=torch.Generator().manual_seed(9))
+    ours, theirs = fused.attend(query, *held, 45, scale=0.2), attend(query, *(codec.decode(codec.encode(part)) for part in x), 0.2)
+    assert (ours[0] - theirs[0]).norm() <= 2e-3 * theirs[0].norm()

@@ -74,7 +74,7 @@ def test_the_kernel_obeys_the_reference(case, dtype):
     check(dim, group, pick.choice([1, 2, 3]), pick.randrange(1, longest), key, pick.choice([1, 2, 3, 4]), dtype, seed, **options)
 
 
-@pytest.mark.parametrize("key,value", [(3, 3), (2, 2), (3.0, 3), (4, 4), (5.5, 1)])
+@pytest.mark.parametrize("key,value", [(3, 3), (2, 2), (3.0, 3), (4, 4), (5.5, 1), (5, 6), (8, 8), (7, 5), (6, 7)])
 def test_every_width_once(key, value):
     check(64, 4, 2, 150, key, value, torch.float32, seed=1)
 

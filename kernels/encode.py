@@ -1,0 +1,102 @@
+"""Tokens to pages in one launch: norm, rotation, nearest level, gain, bits, written behind what the pages hold.
+
+The definition is the codec's own `encode` followed by `kernels.pages.Pages.append`, which works in float64; the kernel works in float32 (a
+float16 token is taken exactly, the rotation to 22 bits). Codes are equal except where a rotated value lies within about 1e-5 of a
+threshold, relative to the vector's norm; a gain may differ by its last bit, and one beyond float16, which the codec refuses, is infinite.
+"""
+
+import torch
+from torch import Tensor
+
+from kernels.pages import PAGE, Pages, Spec
+
+TILE = 16
+
+
+def encodable(spec: Spec) -> bool:
+    """Whether the kernel serves this codec: gains of norm or least squares, head dimension a power of two from 16 on, 1 to 8 bits."""
+    return spec.gain in ("unit_norm", "least_squares") and not spec.offset and spec.dim >= TILE and spec.dim & (spec.dim - 1) == 0
+
+
+class Encoder:
+    """Appends the keys and values of one layer (two streams) or one stream alone. `specs` must pass :func:`encodable`."""
+
+    def __init__(self, *specs: Spec):
+        self.specs = specs
+        self._tables: _Tables | None = None
+
+    def append(self, held: list[Pages], xs: list[Tensor], starts: Tensor | None = None, counts: Tensor | None = None) -> None:
+        """Code xs, [B, H, T, D] for each stream, behind the tokens of `held`, whose pages have room (see `Pages.reserve`).
+
+        starts, counts [B] int32 on the device: where to write and how many tokens, for graphs whose lengths live on the device; `tokens` of
+        `held` is then the caller's. Raises ValueError where xs does not fit the codecs or holds values that are not finite (without starts).
+        """
+        from kernels import encode_triton as twin
+
+        x, spec = xs[0], self.specs[0]
+        batch, _, tokens, dim = x.shape
+        if starts is None:
+            for part, s in zip(xs, self.specs):
+                if part.shape != (batch, s.heads, tokens, s.dim) or not part.isfinite().all():
+                    raise ValueError(f"Cannot encode: expected finite values of [B, {s.heads}, T, {s.dim}], got {list(part.shape)}.")
+            self._reserve(held, batch, tokens, x.device)
+            starts = torch.full((batch,), held[0].tokens, dtype=torch.int32, device=x.device)
+            counts = torch.full_like(starts, tokens)
+            for pages in held:
+                pages.tokens += tokens
+        if not tokens:
+            return
+        if self._tables is None or self._tables.groups.device != x.device:
+            self._tables = _Tables(self.specs, [p.layout for p in held], x.device)
+        table = self._tables
+        xs = [part if part.stride(-1) == 1 else part.contiguous() for part in xs]
+        (k, v), (kx, vx) = (held * 2)[:2], (xs * 2)[:2]
+        ks, vs = (self.specs * 2)[:2]
+        pages = -(-tokens // PAGE) + (tokens % PAGE != 1)  # tokens that begin inside a page end one page later
+        twin.encode_pages[(pages, spec.heads * len(xs), batch)](
+            kx, vx, k.words, k.sides, v.words, v.sides, table.matrix, table.low, table.shift, table.member, table.mean, table.tiles, table.groups, table.levels,
+            starts, counts, *kx.stride()[:3], *vx.stride()[:3], *k.words.stride()[:2], k.sides.stride(0), k.sides.shape[2],
+            *v.words.stride()[:2], v.sides.stride(0), v.sides.shape[2],
+            spec.heads, table.tiles.shape[1], table.groups.shape[1], dim, k.layout.words, v.layout.words, ks.log8, vs.log8,
+            ks.gain == "least_squares", vs.gain == "least_squares", x.dtype == torch.float16,
+        )  # fmt: skip
+
+    def _reserve(self, held: list[Pages], batch: int, tokens: int, device: torch.device) -> None:
+        for pages, spec in zip(held, self.specs):
+            like = torch.empty(batch, len(spec.segments), 0, dtype=spec.stored, device=device)
+            pages.reserve(-(-(pages.tokens + tokens) // PAGE), (batch, spec.heads), like)
+
+
+class _Tables:
+    """Tiles of 16 stored positions of all heads, the streams' heads one after the other."""
+
+    def __init__(self, specs: tuple[Spec, ...], layouts: list, device: torch.device):
+        dim, heads = specs[0].dim, sum(s.heads for s in specs)
+        lists = [[(i, seg) for i, seg in enumerate(s.segments) if seg.head == h] for s in specs for h in range(s.heads)]
+        most = max(sum(-(-seg.size // TILE) for _, seg in segs) for segs in lists)
+        tiles = torch.zeros(heads, most, 16, dtype=torch.int32)
+        groups = torch.zeros(heads, max(map(len, lists)), 4, dtype=torch.int32)
+        matrix = torch.zeros(heads, most * TILE, dim, dtype=torch.float64)
+        member = torch.zeros(heads, groups.shape[1], dim)
+        owner = [(s, layout, h) for s, layout in zip(specs, layouts) for h in range(s.heads)]
+        start_of = {id(s): sum(len(t.levels) for t in specs[:i]) for i, s in enumerate(specs)}
+        for place, (segs, (spec, layout, head)) in enumerate(zip(lists, owner)):
+            rotation = (torch.eye(dim)[None] if spec.rotation is None else spec.rotation).expand(spec.heads, -1, -1)[head].double().cpu()
+            at = 0
+            for number, (row, seg) in enumerate(segs):
+                begin = at
+                rows = rotation[seg.start : seg.start + seg.size]
+                matrix[place, at * TILE : at * TILE + seg.size] = rows
+                member[place, number] = (rows != 0).any(0)  # a rotation mixes the channels of its segment only
+                for start in range(0, seg.size, TILE):
+                    here = min(TILE, seg.size - start)
+                    tiles[place, at, :5] = torch.tensor([seg.width, layout.bases[row] + start, seg.size, seg.book + start_of[id(spec)], here])
+                    at += 1
+                groups[place, number] = torch.tensor([begin, at, row, seg.size])
+        means = torch.cat([torch.zeros(s.heads, dim) if s.mean is None else s.mean.cpu() for s in specs])
+        self.shift = (matrix @ means.double().unsqueeze(-1)).squeeze(-1).float().to(device).contiguous()
+        self.matrix = matrix.float().to(device)
+        self.low = ((matrix - matrix.half().double()) * 4096).half().to(device)
+        self.member, self.mean = member.to(device), means.to(device).contiguous()
+        self.tiles, self.groups = tiles.to(device), groups.to(device)
+        self.levels = torch.cat([s.levels.float() for s in specs]).to(device)
