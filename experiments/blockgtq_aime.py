@@ -25,7 +25,7 @@ def draw(rows: pd.DataFrame):
     windows = sorted(part["window"].unique())
     for place, (quant, group) in enumerate(part.groupby("quant")):
         cells = group.groupby("window").agg(y=("value", "mean"), e=("stderr", "mean"))
-        x = [windows.index(w) + (place - 1) * 0.26 for w in cells.index]
+        x = [windows.index(w) + (place - (part["quant"].nunique() - 1) / 2) * 0.26 for w in cells.index]
         axis.bar(x, cells.y, 0.24, yerr=cells.e.fillna(0), color=style.color(quant), label=style.label(quant), capsize=2, error_kw={"elinewidth": 0.8})
     axis.axhline(part["fp16"].mean(), color=style.color("fp16"), linestyle="--", linewidth=0.8, label="fp16")
     axis.set_xticks(range(len(windows)), ["no exact tokens" if not w else f"first 4 and last {w} exact" for w in windows])

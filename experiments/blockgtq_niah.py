@@ -24,11 +24,10 @@ def rows(results: Path = Path("results"), model: str = "standin") -> pd.DataFram
 
 
 def draw(rows: pd.DataFrame):
-    """Heat maps, length across and depth down, of the lowest budget that every method ran, all kinds together."""
-    coded = rows[rows["quant"] != "fp16"]
-    shared = [b for b, part in coded.groupby("key_bits") if part["quant"].nunique() == coded["quant"].nunique()]
-    bits = min([b for b in shared if b >= 2] or shared or coded["key_bits"].unique())
-    shown = [q for q in QUANTS if (rows["quant"] == q).any()]
+    """Heat maps, length across and depth down, all kinds together, of the lowest budget from 2 bits on that three methods ran."""
+    methods = rows[rows["quant"] != "fp16"].groupby("key_bits")["quant"].nunique()
+    bits = min(b for b, count in methods.items() if count >= min(3, methods.max()) and (b >= 2 or methods.index.max() < 2))
+    shown = [q for q in QUANTS if ((rows["quant"] == q) & ((rows["key_bits"] == bits) | (q == "fp16"))).any()]
     figure, axes = plt.subplots(1, len(shown), figsize=(style.PAGE, 2.2), sharey=True, squeeze=False)
     for axis, quant in zip(axes[0], shown):
         part = rows[(rows["quant"] == quant) & ((rows["key_bits"] == bits) | (quant == "fp16"))]
@@ -39,7 +38,7 @@ def draw(rows: pd.DataFrame):
                 axis.text(j, i, f"{value:.0f}", ha="center", va="center", fontsize=6, color="black" if value > 55 else "white")
         axis.set_xticks(range(grid.shape[1]), [f"{n:,}" for n in grid.columns])
         axis.set_yticks(range(grid.shape[0]), [f"{100 * d:.0f}" for d in grid.index])
-        axis.set_title("fp16" if quant == "fp16" else f"{style.label(quant)}, {bits:g} bits\n{part['score'].mean():.1f} percent", fontsize=7)
+        axis.set_title("fp16" if quant == "fp16" else f"{style.label(quant)}, {style.bits(bits)}\n{part['score'].mean():.1f} percent", fontsize=7)
         axis.set_xlabel("prompt tokens")
         axis.grid(False)
     axes[0][0].set_ylabel("depth of the needle (percent)")

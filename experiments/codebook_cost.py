@@ -13,7 +13,7 @@ import pandas as pd
 from experiments import committed, scores, style
 from experiments.tables import Table
 
-SHOWN = (("gsrq", 1.0), ("gsrq", 2.0), ("cq", 1.0), ("vqllm", 1.0), ("blockgtq", 2.0), ("tq_mse", 2.0), ("int4", 4.0))
+SHOWN = (("gsrq", 1.0), ("gsrq", 2.0), ("cq", 1.0), ("vqllm", 1.0), ("blockgtq", 2.0), ("int4", 4.0))
 TOKENS = np.logspace(10, 20, 41, base=2)
 GSRQ_STAGES, ENTRIES = {2.0: 32, 1.0: 16, 0.75: 12, 0.375: 12}, 256
 
@@ -40,7 +40,7 @@ def draw(rows: pd.DataFrame):
         if len(part):
             cost = part["stored"].iloc[0] + part["table"].iloc[0] / TOKENS
             axis.plot(TOKENS, cost, color=style.color(quant), linestyle="-" if bits == 1.0 else "--")
-            ends.append((float(cost[-1]), f"{style.label(quant)} {bits:g} bits", style.color(quant)))
+            ends.append((float(cost[-1]), f"{style.label(quant)}, {style.bits(bits)}", style.color(quant)))
     axis.axhline(16, color=style.color("fp16"), linewidth=0.8, linestyle=":")
     ends.append((16.0, "fp16", style.color("fp16")))
     axis.set_xscale("log", base=2)

@@ -29,7 +29,7 @@ def draw(rows: pd.DataFrame):
     for shade, (bits, part) in zip(("#9ECAE1", "#56B4E9", "#0072B2", "#003A5D"), rows.groupby("bits")):
         line = part.groupby("rounds")["value"].mean()
         axis.plot(line.index, line, color=shade, marker="o")
-        ends.append((float(line.iloc[-1]), f"{bits:g} bits", shade))
+        ends.append((float(line.iloc[-1]), style.bits(bits), shade))
     style.plain_log(axis)
     axis.set_xticks(sorted(rows["rounds"].unique()), [str(r) for r in sorted(rows["rounds"].unique())])
     axis.minorticks_off()

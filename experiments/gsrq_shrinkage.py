@@ -25,12 +25,23 @@ def draw(rows: pd.DataFrame):
     paper = reported.on(rows["model"].iloc[0], reported.table("gsrq", "Fig2a", "Fig2b"))
     for axis, (stage, signal) in zip(axes, SIGNALS.items()):
         ends = []
-        for kind, colour, mark in (("key", "#0072B2", "o"), ("value", "#D55E00", "s")):
+        for kind, colour, mark in (("value", "#D55E00", "s"), ("key", "#0072B2", "o")):
             for entries, line in ((256, "-"), (1024, "--")):
                 part = rows[(rows["stage"] == stage) & (rows["kind"] == kind) & (rows["entries"] == entries)].groupby("piece").agg(y=("value", "mean"), e=("stderr", "mean"))
                 if part.empty:
                     continue
-                axis.errorbar(part.index, part.y, yerr=part.e, color=colour, linestyle=line, marker=mark, capsize=2, elinewidth=0.8)
+                axis.errorbar(
+                    part.index,
+                    part.y,
+                    yerr=part.e,
+                    color=colour,
+                    linestyle=line,
+                    marker=mark,
+                    markerfacecolor="none" if kind == "key" else None,
+                    markersize=6 if kind == "key" else 3,
+                    capsize=2,
+                    elinewidth=0.8,
+                )
                 ends.append((float(part.y.iloc[-1]), f"{kind}s, K = {entries}", colour))
                 seen = paper[(paper["tensor"] == kind) & (paper["signal"] == ("original" if stage == 1 else "residual1")) & (paper["K"] == str(entries))] if len(paper) else paper
                 axis.plot(pd.to_numeric(seen["D"]) if len(seen) else [], seen["value"] if len(seen) else [], "x", color=colour)

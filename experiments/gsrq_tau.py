@@ -39,6 +39,8 @@ def draw(rows: pd.DataFrame):
             capsize=2,
         )
         axis.set_xscale("log")
+        axis.xaxis.set_major_formatter(lambda v, _: f"{v:g}")
+        axis.minorticks_off()
         ends = [(float(line["mean"].iloc[-1]), "log weights", style.color("gsrq"))]
         for arm, colour, text in (("raw", "#D55E00", "raw gradients"), ("none", style.color("gskm"), "no weights")):
             if arm in part.index:
@@ -46,7 +48,7 @@ def draw(rows: pd.DataFrame):
                 axis.axhspan(part.loc[arm, "min"], part.loc[arm, "max"], color=colour, alpha=0.15, linewidth=0)
                 ends.append((part.loc[arm, "mean"], text, colour))
         axis.set_xlabel("strength tau")
-        axis.set_title(f"{bits:g} bits")
+        axis.set_title(style.bits(bits))
         style.name_ends(axis, ends)
     axes[0][0].set_ylabel(scores.LOSS)
     return figure

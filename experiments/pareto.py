@@ -32,7 +32,7 @@ def rows(results: Path = Path("results"), model: str = "standin") -> pd.DataFram
 def draw(rows: pd.DataFrame):
     """One row of panels per measure: left against stored bits, right against all-in bits; one legend, sorted by kind of method."""
     shown = [p for p in PANELS if rows[rows["panel"] == p[0]]["quant"].nunique() >= FEWEST]
-    figure, axes = plt.subplots(len(shown), 2, figsize=(style.PAGE, 0.7 + 1.75 * len(shown)), squeeze=False, sharey="row")
+    figure, axes = plt.subplots(len(shown), 2, figsize=(style.PAGE, 0.7 + 1.75 * len(shown)), squeeze=False, sharex="col", sharey="row")
     for place, (line, (name, _, title)) in enumerate(zip(axes, shown)):
         part = rows[rows["panel"] == name]
         for axis, (column, text) in zip(line, AXES):

@@ -96,23 +96,21 @@ def rows(results: Path = Path("results"), model: str = "standin") -> pd.DataFram
 
 
 def draw(rows: pd.DataFrame):
-    """Held-out error relative to the spherical-start GSKM at every stage; last panel: loss. Mean and range over seeds."""
+    """Held-out error relative to the spherical-start GSKM at every stage; last panel: loss above fp16, the same way. Mean and range over seeds."""
     panels = [w for w in (*DATA, "keys", "values", "loss") if (rows["where"] == w).any()]
     figure, axes = plt.subplots(1, len(panels), figsize=(style.PAGE, 2.6), squeeze=False)
     for axis, where in zip(axes[0], panels):
         part = rows[(rows["where"] == where) & (rows["split"] == "held-out")]
         base = part[part["arm"] == "gskm spherical"].groupby("stage")["value"].mean()
-        budgets = sorted(part["stage"].unique())
+        arms = part.groupby("stage")["arm"].nunique()
+        budgets = sorted(arms[arms > 3].index) if where == "loss" else []
+        part = part[part["stage"].isin(budgets)] if where == "loss" else part
         for place, (arm, (_, _, _, colour, mark, text)) in enumerate(ARMS.items()):
             mine = part[part["arm"] == arm]
             if mine.empty:
                 continue
-            if where == "loss":
-                cells = mine.groupby("stage")["value"].agg(["mean", "min", "max"])
-                x = [budgets.index(b) + (place - 2.5) * 0.12 for b in cells.index]
-            else:
-                cells = mine.assign(value=100 * (mine["value"] / mine["stage"].map(base) - 1)).groupby("stage")["value"].agg(["mean", "min", "max"])
-                x = cells.index
+            cells = mine.assign(value=100 * (mine["value"] / mine["stage"].map(base) - 1)).groupby("stage")["value"].agg(["mean", "min", "max"])
+            x = [budgets.index(b) + (place - 2.5) * 0.13 for b in cells.index] if where == "loss" else cells.index
             bars = [cells["mean"] - cells["min"], cells["max"] - cells["mean"]]
             axis.errorbar(
                 x,
@@ -131,14 +129,12 @@ def draw(rows: pd.DataFrame):
         if where == "loss":
             axis.set_xticks(range(len(budgets)), [f"{b:g}" for b in budgets])
             axis.set_xlabel("bits per value")
-            axis.set_ylabel("loss above fp16 (nats)")
-            style.plain_log(axis, "y", 10)
         else:
             axis.set_xlabel("stages")
             axis.set_xscale("log", base=2)
             axis.set_xticks([1, 2, 4, 8, 16], ["1", "2", "4", "8", "16"])
             axis.minorticks_off()
-    axes[0][0].set_ylabel("held-out error above GSKM\nfrom a spherical start (percent)")
+    axes[0][0].set_ylabel("difference to GSKM from\na spherical start (percent)")
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=3)
     return figure
