@@ -1,14 +1,15 @@
 """Kernel-level latency of decode attention: packed scalar caches beside fp16 through SDPA, in one run.
 
-python -m kernels.bench_paged --out rows.json            needs torch and triton alone
+python -m kernels.bench_paged --out rows.parquet            needs torch, triton and pandas alone
 Inputs are drawn at random; sets of inputs together exceed the L2 cache several times. Times include query rotation and merge.
 """
 
 import argparse
 import datetime
-import json
+import subprocess
 import sys
 
+import pandas as pd
 import torch
 import triton
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -53,20 +54,27 @@ def exact(name: str, heads: int, kv: int, batch: int, tokens: int) -> dict:
     return {"times": times, "bytes": size}
 
 
-def row(provider: str, shape: tuple, result: dict) -> dict:
+def rows_of(provider: str, shape: tuple, result: dict) -> list[dict]:
+    """Tidy rows, one per metric."""
     heads, kv, batch, tokens = shape
     median, low, high = result["times"]
-    base = {"kernel": "decode_attention", "provider": provider, "shape": f"q{heads} kv{kv} d{DIM} b{batch} t{tokens}"}
-    rate = result["bytes"] / median / 1e6  # terabytes per second
-    return {**base, "microseconds": round(median, 2), "p5": round(low, 2), "p95": round(high, 2), "bytes": result["bytes"], "tb_per_s": round(rate, 3),
-            "roofline": round(rate * 1e12 / PEAK, 3), "gpu": torch.cuda.get_device_name(), "torch": torch.__version__,
-            "triton": triton.__version__, "date": datetime.date.today().isoformat(),
-            "command": "python -m kernels.bench_paged " + " ".join(sys.argv[1:])}  # fmt: skip
+    common = {"kernel": "decode_attention", "provider": provider, "shape": f"q{heads} kv{kv} d{DIM} b{batch} t{tokens}"}
+    where = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__, "date": datetime.date.today().isoformat()}
+    where |= {"command": "python -m kernels.bench_paged " + " ".join(sys.argv[1:]), "commit": commit()}
+    rate = [result["bytes"] / t / 1e3 for t in (median, high, low)]  # gigabytes per second; the slowest 5 % are the lowest rate
+    metrics = [("time", "us", median, low, high), ("bytes_read", "B", *[result["bytes"]] * 3), ("rate", "GB/s", *rate), ("of_roofline", "1", *[1e9 * r / PEAK for r in rate])]
+    return [{**common, "metric": name, "unit": unit, "median": m, "p5": lo, "p95": hi, **where} for name, unit, m, lo, hi in metrics]
+
+
+def commit() -> str:
+    """Short hash of the checkout, "+" behind it if files differ; "unknown" outside one."""
+    answers = [subprocess.run(["git", *args], capture_output=True, text=True) for args in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "-uno"])]
+    return "unknown" if answers[0].returncode else answers[0].stdout.strip() + ("+" if answers[1].stdout.strip() else "")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", required=True, help="JSON file for the rows")
+    parser.add_argument("--out", required=True, help="parquet file for the rows")
     parser.add_argument("--only", nargs="*", default=["sdpa_flash", "sdpa_cudnn", *CACHES])
     parser.add_argument("--shapes", nargs="*", type=int, default=range(len(SHAPES)), help="indices into the list of shapes")
     parser.add_argument("--stages", type=int, default=backend.STAGES)
@@ -88,10 +96,10 @@ def main() -> None:
             except Exception as error:  # a provider that cannot serve a shape has no row, and says so
                 print(shape, provider, type(error).__name__, str(error)[:200], flush=True)
                 continue
-            rows.append(row(provider, shape, result))
-            print(*shape, provider, f"{rows[-1]['microseconds']:.1f} us [{rows[-1]['p5']:.1f}, {rows[-1]['p95']:.1f}] {rows[-1]['tb_per_s']:.2f} TB/s", flush=True)
-            with open(options.out, "w") as file:
-                json.dump(rows, file, indent=1)
+            rows += rows_of(provider, shape, result)
+            median, low, high = result["times"]
+            print(*shape, provider, f"{median:.1f} us [{low:.1f}, {high:.1f}] {result['bytes'] / median / 1e6:.2f} TB/s", flush=True)
+            pd.DataFrame(rows).to_parquet(options.out)  # after every row: a crash loses one
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ TILE = 16  # channels in one step of a tensor core
 
 
 def fuse(key, value) -> "PagedAttention | None":
-    """Attention over the packed codes of two codecs that offer `paged()`, or None where no kernel serves them."""
-    if not hasattr(key, "paged") or not hasattr(value, "paged"):
+    """Attention over the packed codes of two codecs that offer `paged()`, keys coded after RoPE; None where no kernel serves them."""
+    if not hasattr(key, "paged") or not hasattr(value, "paged") or key.space != "post":
         return None
     pair = [codec.paged() for codec in (key, value)]
     return PagedAttention(*pair) if all(s is not None and s.dim % TILE == 0 for s in pair) and _uniform(pair[1]) else None

@@ -50,7 +50,7 @@ class QuantizedCache(Cache):
     codecs: one (key codec, value codec) pair per decoder layer. `prefill="quantized"` lets the prompt see reconstructed keys and
     values, its own included; `"exact"` attends in full precision while more than one query arrives (KIVI's protocol) and stores codes.
     attention: `"reference"` reconstructs and calls SDPA; `"fused"` reads packed codes with the pair's kernel when one query arrives, and
-    raises Refusal where there is none; `"auto"` does so on CUDA where there is one and no decoded copy is kept (memo).
+    raises Refusal where there is none; `"auto"` is the reference until the kernels have passed their tests on a GPU.
     """
 
     def __init__(self, config, codecs, rope=None, *, sink: int = 0, window: int = 0, prefill: str = "quantized", memo: bool = True, attention: str = "reference"):

@@ -119,8 +119,6 @@ class QuantizedLayer(DynamicLayer):
 
     def _open(self, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
         batch = key.shape[0]
-        if self.attention == "auto" and not self.memo and key.is_cuda:  # a decoded copy, where one is kept, is what is read
-            self.fused = served(*self.codecs)
         self.cell = sum(x.shape[1] * x.shape[3] for x in (key, value))
         self.pads = _leading_pads(mask, batch)
         ragged = any(self.pads) and (self.sink or any(c.block > 1 or getattr(c, "stateful", False) for c in self.codecs))
@@ -189,14 +187,9 @@ class QuantizedLayer(DynamicLayer):
             self.batch_select_indices(torch.arange(len(self.pads)).repeat_interleave(repeats))
 
 
-def served(key_codec, value_codec):
-    """What attends over packed codes of this pair, or None: a key codec that has kernels offers `fuse(value codec)`."""
-    return key_codec.fuse(value_codec) if hasattr(key_codec, "fuse") else None
-
-
 def fuse(key_codec, value_codec):
-    """As `served`; raises Refusal where no kernel reads the pair."""
-    pair = served(key_codec, value_codec)
+    """What attends over packed codes of this pair: a key codec that has kernels offers `fuse(value codec)`. Raises Refusal if there is none."""
+    pair = key_codec.fuse(value_codec) if hasattr(key_codec, "fuse") else None
     if pair is None:
         names = f"keys of {type(key_codec).__name__} and values of {type(value_codec).__name__} with these options"
         raise Refusal(f"attention=fused: no kernel reads {names} from packed codes; use attention=reference.")

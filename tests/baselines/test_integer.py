@@ -55,7 +55,7 @@ def test_range_beyond_float16_is_refused():
 @pytest.mark.parametrize("bits, symmetric", [(4, False), (4, True), (2, False), (8, True)])
 def test_attention_reads_what_the_codec_decodes(bits, symmetric):
     pytest.importorskip("triton")
-    x = torch.randn(2, 2, 2, 45, 32, generator=torch.Generator().manual_seed(bits)) + 0.7
+    x = torch.randn(2, 2, 1, 45, 32, generator=torch.Generator().manual_seed(bits)) + 0.7
     codec = fitted(bits, symmetric, 32)
     fused = codec.fuse(codec)
     held = [fused.held(i) for i in (0, 1)]

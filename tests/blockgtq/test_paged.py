@@ -84,3 +84,8 @@ def test_pairs_without_a_kernel(calibrate):
     assert fuse(key, TurboQuantMSE(3).fit(calibrate("value", dim=24))) is None, "24 channels are no whole tiles"
     assert fuse(TurboQuantMSE(3).fit(calibrate("key", dim=32)), torch.nn.Identity()) is None
     assert fuse(TurboQuantMSE(3).fit(calibrate("key", dim=32)), value) is not None
+
+
+def test_keys_before_rope_have_no_kernel(calibrate):
+    key = TurboQuantMSE(3, space="pre").fit(calibrate("key", dim=32))
+    assert fuse(key, TurboQuantMSE(3).fit(calibrate("value", dim=32))) is None
