@@ -4,6 +4,7 @@ import functools
 import gzip
 import hashlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from kvq.record import record
 from kvq.rope import Rope
 
 Make = Callable[[], Quantizer]
+STREAMS = 4  # codecs fitted at once on a GPU; each holds a few copies of its layer's activations
 
 
 def text(source: str) -> str:
@@ -88,12 +90,33 @@ def fit(model, samples: list[Tensor], make_key: Make, make_value: Make, *, seed:
     progress = tqdm(total=len(kinds), desc="calibrate", unit="layer", disable=None)
     for first in range(0, len(kinds), step):
         layers = range(first, min(first + step, len(kinds)))
-        for layer, stats in _gather(model, samples, layers, groups, rope if before_rope else None, batch_size).items():
-            for codec, kind in zip(pairs[layer], shapes):
-                codec.to(model.device).fit(_calibration(stats, kind, codec, layer, seed, rope, len(samples[0]), model.device))
+        recorded = _gather(model, samples, layers, groups, rope if before_rope else None, batch_size)
+
+        def learn(job: tuple, recorded=recorded) -> None:
+            layer, codec, kind = job
+            codec.to(model.device).fit(_calibration(recorded[layer], kind, codec, layer, seed, rope, len(samples[0]), model.device))
+
+        _each(learn, [(layer, codec, kind) for layer in recorded for codec, kind in zip(pairs[layer], shapes)], model.device)
         progress.update(len(layers))
     progress.close()
     return pairs
+
+
+def _each(call: Callable[[tuple], None], jobs: list[tuple], device: torch.device) -> None:
+    """`call` every job; on CUDA, STREAMS at a time. Fits wait for the host after every round, and the kernels of others fill the gaps."""
+    if device.type != "cuda":
+        for job in jobs:
+            call(job)
+        return
+
+    def apart(job: tuple) -> None:
+        with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream()):
+            call(job)
+            torch.cuda.current_stream().synchronize()
+
+    torch.cuda.synchronize(device)
+    with ThreadPoolExecutor(STREAMS) as pool:
+        list(pool.map(apart, jobs))
 
 
 def _rope(model, required: bool) -> Rope | None:
