@@ -57,7 +57,8 @@ def judge(claim: dict, results: Path, model: str, cache: dict) -> dict:
     if name:
         if name not in cache:
             cache[name] = source(name, results, model)
-        values |= {key: pick(cache[name], query, claim.get("column", "value")) for key, query in claim["find"].items()}
+        column = claim.get("column", "value")  # one for all values, or one per value
+        values |= {key: pick(cache[name], query, column if isinstance(column, str) else column[key]) for key, query in claim["find"].items()}
     if any(v != v for v in values.values()):
         return {"ours": "", "verdict": WEIGHTS if claim.get("needs") == "weights" else "no rows yet", "evidence": ""}
     holds = bool(eval(claim["judge"], {"__builtins__": {"abs": abs, "max": max, "min": min}}, values))  # the file is ours, not a user's

@@ -1,6 +1,6 @@
 """Is GSKM's gain the update rule or the start? Both updates from every start, one to sixteen residual stages, three seeds.
 
-`python -m experiments.start_effect` computes the synthetic rows (minutes on a GPU, about half an hour on two cores);
+`python -m experiments.start_effect` computes the synthetic rows (two CPU minutes);
 `python run.py experiment=start_effect` those of the model: error per stage of keys and values, and loss.
 """
 
@@ -24,7 +24,7 @@ ARMS = {
     "gskm kmeans++": ("gskm", "kmeans++", {}, "#882255", "P", "GSKM, k-means++ start"),
     "gskm spherical": ("gskm", "spherical", {"warmup": 3}, "#0072B2", "o", "GSKM, spherical start"),
 }  # fmt: skip
-WIDTH, ENTRIES, STAGES, TRAIN, HELD_OUT, SEEDS, ROUNDS = 128, 256, 16, 51_200, 10_000, (0, 1, 2), 40
+WIDTH, ENTRIES, STAGES, TRAIN, HELD_OUT, SEEDS, ROUNDS = 128, 256, 16, 12_800, 10_000, (0, 1, 2), 40
 DATA = ("white Gaussian", "heavy-tailed")
 
 
