@@ -57,7 +57,7 @@ def encode_pages(
             begin, end, row, size = tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
             if end > begin:
                 norm = tl.sqrt(tl.sum(square * tl.load(member + (head * GROUPS + g) * DIM + d)[None, :], 1))
-                up = tl.where(norm > 0, tl.sqrt(size.to(tl.float32)) / norm, 0.0)
+                up = tl.where(norm > 0, tl.sqrt(size.to(tl.float32)) / tl.where(norm > 0, norm, 1.0), 0.0)
                 power, inner = tl.zeros([32], tl.float32), tl.zeros([32], tl.float32)
                 for t in range(begin, end):
                     info = tiles + (head * TILES + t) * 16
