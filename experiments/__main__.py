@@ -1,4 +1,4 @@
-"""make figures, make tables: from results/ alone, without torch. A figure is redrawn when its rows, its module or what modules share changed.
+"""make figures, make tables: from results/ alone, without torch. A figure is redrawn when its rows, or the code that draws them changed.
 
 An experiment module defines `rows(results, model) -> DataFrame`, `draw(rows) -> Figure` and, or, `table(rows) -> tables.Table`. Every
 model with rows gets its own figure and table: <name> for the stand-in, <name>-<model> for others.
@@ -10,20 +10,29 @@ import importlib
 import pkgutil
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pandas as pd
 
 import experiments
-from experiments import choice, committed, reported, scores, style, tables
+from experiments import committed, style, tables
 
-SHARED = (choice, committed, reported, scores, style, tables)
+def sources(module) -> set[str]:
+    """Files of a module and of every module of this package that it uses."""
+    found, waiting = set(), [module]
+    while waiting:
+        here = waiting.pop()
+        if here.__file__ not in found:
+            found.add(here.__file__)
+            waiting += [v for v in vars(here).values() if isinstance(v, ModuleType) and v.__name__.startswith("experiments.")]
+    return found
 
 
 def digest(module, rows: pd.DataFrame) -> str:
-    """Hash of the rows, the drawing module and everything that modules share."""
+    """Hash of the rows and of the code that draws them."""
     state = hashlib.sha256(pd.util.hash_pandas_object(rows.astype(str), index=False).to_numpy().tobytes())
-    for source in (module, *SHARED):
-        state.update(Path(source.__file__).read_bytes())
+    for source in sorted(sources(module)):
+        state.update(Path(source).read_bytes())
     return state.hexdigest()[:16]
 
 

@@ -57,6 +57,14 @@ def test_make_figures_redraws_what_changed(folder, capsys):
     assert "newcomer" in (folder / "tables" / "pareto.tex").read_text()
 
 
+def test_a_figure_depends_on_the_modules_that_it_uses():
+    from experiments import beam, blockgtq_deployment
+    from experiments.__main__ import sources
+
+    names = {source.rpartition("/")[2] for source in sources(blockgtq_deployment)}
+    assert {"blockgtq_deployment.py", "latency.py", "style.py", "tables.py"} <= names and "latency.py" not in {s.rpartition("/")[2] for s in sources(beam)}
+
+
 def test_only_the_largest_setting_is_compared(folder):
     other = {**CONFIG, "calib": {"samples": 64}}
     stray = write(folder, "gsrq", 1.0, 0, 0.001, config=other)
