@@ -31,6 +31,8 @@ def _uniform(spec: Spec) -> bool:
 
 def reconstruct(spec: Spec, symbols: Tensor, sides: Tensor) -> Tensor:
     """float32 [B, H, T, D] from integer codes [B, H, T, D] and sides [B, R, T], as `Spec` defines them."""
+    if spec.bare:
+        sides = torch.ones(symbols.shape[0], len(spec.segments), symbols.shape[2], device=symbols.device)
     stored = torch.where(sides == 0, 0.0, torch.exp2((sides.float() - 128) / 8)) if spec.log8 else sides.float()
     x = torch.empty(symbols.shape, device=symbols.device)
     for row, seg in enumerate(spec.segments):
@@ -92,7 +94,7 @@ class PagedAttention:
             out, stat, key.words.stride(0), key.words.stride(1), key.sides.stride(0), key.sides.shape[2], value.words.stride(0), value.words.stride(1),
             value.sides.stride(0), value.sides.shape[2], len(v.segments), len(k.segments), per_split,
             heads, positions // TILE, table.groups.shape[1], table.width, v.segments[0].width, dim,
-            self.layouts[0].words, self.layouts[1].words, backend.VTILE if dim % 32 == 0 else 16, wide, rows, k.log8, v.log8, k.offset, v.offset,
+            self.layouts[0].words, self.layouts[1].words, backend.VTILE if dim % 32 == 0 else 16, wide, rows, k.log8, v.log8, k.offset, v.offset, k.bare, v.bare,
             table.align, backend.AHEAD, backend.ASM,
             num_warps=1, num_stages=backend.STAGES, **backend.LIMIT,
         )  # fmt: skip

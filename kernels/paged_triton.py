@@ -44,8 +44,10 @@ def _gathered(base, half, full, turn, slot, n, books, width):
 
 
 @triton.jit
-def side(at, mask, LOG8: tl.constexpr):
-    """Gains or offsets in float32, 0 where masked: a page begun holds anything behind its last token."""
+def side(at, mask, LOG8: tl.constexpr, BARE: tl.constexpr = False):
+    """Gains or offsets in float32, 0 where masked: a page begun holds anything behind its last token. BARE: gains are 1 and not held."""
+    if BARE:
+        return tl.where(mask, 1.0, 0.0)
     stored = tl.load(at, mask=mask, other=0)
     if LOG8:
         return tl.where(stored == 0, 0.0, tl.exp2((stored.to(tl.float32) - 128.0) * 0.125))
@@ -95,7 +97,8 @@ def decode_split(
     kb, kh, kb_side, key_rows, vb, vh, vb_side, value_rows, value_offset_row, key_offset_row, tokens_per_split,
     HEADS: tl.constexpr, TILES: tl.constexpr, GROUPS: tl.constexpr, KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, DIM: tl.constexpr,
     KEY_PAGE: tl.constexpr, VALUE_PAGE: tl.constexpr, VTILE: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, KEY_LOG8: tl.constexpr,
-    VALUE_LOG8: tl.constexpr, KEY_OFFSET: tl.constexpr, VALUE_OFFSET: tl.constexpr, ALIGN: tl.constexpr, AHEAD: tl.constexpr, ASM: tl.constexpr,
+    VALUE_LOG8: tl.constexpr, KEY_OFFSET: tl.constexpr, VALUE_OFFSET: tl.constexpr, KEY_BARE: tl.constexpr,
+    VALUE_BARE: tl.constexpr, ALIGN: tl.constexpr, AHEAD: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """out [B, H, splits, G, DIM], stat [B, H, splits, 2, G] float32: unnormalized outputs, maxima (base 2) and masses."""
     split, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -132,7 +135,7 @@ def decode_split(
             s = _scores(key_words, groups + g * 16, half[:, None], key_full, turn[:, None], slot[:, None], query, books, KEY_WIDTH, TILES, G, ROWS, ALIGN, AHEAD, ASM)
             n = ()
             for j in tl.static_range(8):
-                n = n + (t[j] + s[j] * side(key_side + at * 32 + j, token + j < high, KEY_LOG8)[:, None],)
+                n = n + (t[j] + s[j] * side(key_side + at * 32 + j, token + j < high, KEY_LOG8, KEY_BARE)[:, None],)
             t = n
         peak = top
         s = ()
@@ -152,7 +155,7 @@ def decode_split(
             mass += tl.sum(w, 0)
             if VALUE_OFFSET:
                 moved += tl.sum(w * side(value_side + value_offset_row * 32 + j, token + j < high, False)[:, None], 0)
-            p = p + ((w * side(value_side + j, token + j < high, VALUE_LOG8)[:, None]).to(query.dtype.element_ty),)
+            p = p + ((w * side(value_side + j, token + j < high, VALUE_LOG8, VALUE_BARE)[:, None]).to(query.dtype.element_ty),)
         full = (page * VALUE_PAGE)[None, :] + chan[:, None]
         n = ()
         for d in tl.static_range(DIM // VTILE):

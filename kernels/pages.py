@@ -34,7 +34,7 @@ class Spec:
     """How one codec's codes become numbers: x = (gain * levels[code] + offset) @ rotation + mean, gain and offset per token and segment.
 
     levels [n] float32; rotation [H or 1, D, D] float32, rows: stored positions, or None; mean [H, D] float32 or None.
-    stored: type of the sides. log8: gains are bytes that mean 2**((c - 128) / 8), 0 for 0. offset: `sides` carries [.., 2]: gain, offset; else gain alone.
+    stored: type of the sides. log8: gains are bytes that mean 2**((c - 128) / 8), 0 for 0. offset: `sides` carries gains, then offsets; bare: nothing, gains are 1.
     symbols(codes) gives (integer codes [B, H, T, D] by stored position, sides [B, segments (times 2 with offset), T]); restore undoes it.
     """
 
@@ -49,6 +49,7 @@ class Spec:
     stored: torch.dtype = torch.float16
     log8: bool = False
     offset: bool = False
+    bare: bool = False
     gain: str | None = None  # what the codec stores as gain, where `kernels.encode` can compute it: unit_norm or least_squares
 
 

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from kernels.paged import fuse
+from kernels.pages import Segment, Spec
 from kvq.baselines.inputs import accept, finite, fitted, half, sizes
 
 LARGEST = 448.0
@@ -64,6 +66,26 @@ class FP8(nn.Module):
         """Return [B, H, T, D] float32."""
         x = codes["codes"].view(torch.float8_e4m3fn).float()
         return x * (self.scale if self.granularity == "tensor" else codes["scale"].float().unsqueeze(-1))
+
+    def paged(self) -> Spec:
+        """The codec as kernels read it: 256 levels, times the frozen scale or with a gain per token; codes that are no number mean 0."""
+        heads, dim = fitted(self.shape)
+        frozen = self.granularity == "tensor"
+        levels = torch.arange(256, dtype=torch.uint8, device=self.shape.device).view(torch.float8_e4m3fn).float().nan_to_num(0.0)
+        segments = tuple(Segment(h, 0, dim, 8, 0) for h in range(heads))
+        return Spec(heads, dim, segments, levels * self.scale if frozen else levels, None, None, self._symbols, self._restore, bare=frozen)
+
+    def fuse(self, value: nn.Module):
+        """Attention over packed codes with this value codec, or None where no kernel serves the pair."""
+        return fuse(self, value)
+
+    def _symbols(self, codes: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        bare = codes["codes"].new_empty(codes["codes"].shape[0], 0, codes["codes"].shape[2], dtype=torch.float16)
+        return codes["codes"].int(), codes.get("scale", bare)
+
+    def _restore(self, symbols: Tensor, sides: Tensor) -> dict[str, Tensor]:
+        codes = {"codes": symbols.to(torch.uint8)}
+        return codes if self.granularity == "tensor" else {**codes, "scale": sides}
 
 
 def _cast(x: Tensor) -> Tensor:

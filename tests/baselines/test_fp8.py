@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from kernels.attention import attend
 from kvq.baselines.fp8 import FP8
 
 
@@ -73,3 +74,20 @@ def test_token_scale_beyond_float16_is_refused():
     codec = fitted("token_head", normal(1, 1, 4, 8))
     with pytest.raises(ValueError, match="float16 range"):
         codec.encode(torch.full((1, 1, 1, 8), 1e9))
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "token_head"])
+def test_attention_reads_what_the_codec_decodes(granularity):
+    pytest.importorskip("triton")
+    x = torch.randn(2, 2, 1, 45, 32, generator=torch.Generator().manual_seed(0)) + 0.7
+    codec = FP8(8, granularity=granularity, space="post").fit(SimpleNamespace(x=x[0, 0]))
+    fused = codec.fuse(codec)
+    held = [fused.held(i) for i in (0, 1)]
+    for pages, part in zip(held, x):
+        codes = codec.encode(part)
+        pages.append({name: leaf[:, :, :30] for name, leaf in codes.items()})
+        pages.append({name: leaf[:, :, 30:] for name, leaf in codes.items()})
+        assert all(torch.equal(pages.codes[name], codes[name]) for name in codes)
+    query = torch.randn(2, 4, 32, generator=torch.Generator().manual_seed(9))
+    ours, theirs = fused.attend(query, *held, 45, scale=0.2), attend(query, *(codec.decode(codec.encode(part)) for part in x), 0.2)
+    assert (ours[0] - theirs[0]).norm() <= 2e-3 * theirs[0].norm()
