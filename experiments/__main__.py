@@ -1,4 +1,4 @@
-"""make figures, make tables: from results/ alone, without torch. A figure is redrawn when its rows, or the code that draws them changed.
+"""make figures, make tables: from results/ alone, without torch. A figure is redrawn when its rows or the code that draws them changed.
 
 An experiment module defines `rows(results, model) -> DataFrame`, `draw(rows) -> Figure` and, or, `table(rows) -> tables.Table`. Every
 model with rows gets its own figure and table: <name> for the stand-in, <name>-<model> for others.
@@ -17,6 +17,7 @@ import pandas as pd
 import experiments
 from experiments import committed, style, tables
 
+
 def sources(module) -> set[str]:
     """Files of a module and of every module of this package that it uses."""
     found, waiting = set(), [module]
@@ -24,7 +25,8 @@ def sources(module) -> set[str]:
         here = waiting.pop()
         if here.__file__ not in found:
             found.add(here.__file__)
-            waiting += [v for v in vars(here).values() if isinstance(v, ModuleType) and v.__name__.startswith("experiments.")]
+            names = (v.__name__ if isinstance(v, ModuleType) else str(getattr(v, "__module__", "")) for v in vars(here).values())
+            waiting += [sys.modules[name] for name in names if name.startswith("experiments.")]
     return found
 
 

@@ -22,7 +22,7 @@ def rows(results: Path = Path("results"), model: str = "standin") -> pd.DataFram
 
 def draw(rows: pd.DataFrame):
     figure, (left, right) = plt.subplots(1, 2, figsize=(style.PAGE, 2.7))
-    budgets = sorted(rows["key_bits"].unique())
+    budgets = sorted(b for b in rows["key_bits"].unique() if b == int(b))
     for quant in METHODS:
         for bits, line in zip(budgets, ("-", "--", ":", "-.")):
             part = rows[(rows["quant"] == quant) & (rows["key_bits"] == bits)]
