@@ -9,7 +9,7 @@ class Silent:
 
     @contextmanager
     def run(self, cell) -> Iterator["Silent"]:
-        """Around one computed cell (kvq.runner.Cell); an exception passes through and marks the run as failed."""
+        """Around one computed cell (kvq.cell.Cell); an exception passes through and marks the run as failed."""
         yield self
 
     def resume(self, records: list[dict], total: int) -> None:

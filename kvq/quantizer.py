@@ -6,7 +6,6 @@ The protocol is structural. `gsrq`, `blockgtq` and `kvq.baselines` satisfy it wi
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-import torch
 from torch import Tensor, nn
 
 Codes = dict[str, Tensor]

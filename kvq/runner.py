@@ -5,7 +5,6 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -14,41 +13,14 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from kvq import calibrate, estimate, models, placement, predictions, report, results, rows, store
+from kvq import calibrate, estimate, models, parts, placement, predictions, report, results, rows, store
 from kvq.cache import ATTENTIONS, PREFILLS, coded_shapes
+from kvq.cell import Cell
 from kvq.claim import Claim
 from kvq.errors import Refusal
 
 EVERYTHING = ("calib", "seed")
 """What a codec depends on unless it says otherwise with `depends_on`: an fp16 row is the same for every calibration and seed."""
-
-
-@dataclass
-class Cell:
-    """One run, resolved and identified before anything heavy is loaded."""
-
-    cfg: DictConfig
-    choices: dict[str, str]
-    identity: dict
-    run: str
-    resolved: dict
-
-    @property
-    def is_reference(self) -> bool:
-        return self.choices["quant"] == "fp16"
-
-    @property
-    def label(self) -> float:
-        """The paper's bits: the mean of keys' and values'."""
-        return (self.cfg.quant.key.bits + self.cfg.quant.value.bits) / 2
-
-    @property
-    def path(self) -> Path:
-        return Path(self.cfg.results) / "runs" / f"{self.run}.parquet"
-
-    @property
-    def partial(self) -> Path:
-        return Path(self.cfg.outputs) / "partial" / f"{self.run}.jsonl"
 
 
 def prepare(cfg: DictConfig, choices: dict[str, str]) -> Cell:
@@ -58,6 +30,7 @@ def prepare(cfg: DictConfig, choices: dict[str, str]) -> Cell:
     for key, number in (("seed", cfg.seed), ("quant.sink", cfg.quant.sink), ("quant.window", cfg.quant.window)):
         if isinstance(number, bool) or not isinstance(number, int) or number < 0:
             raise Refusal(f"{key}={number} is not a whole number from 0 on.")
+    parts.check(cfg.part, cfg.parts)
     if cfg.prefill not in PREFILLS:
         raise Refusal(f"prefill={cfg.prefill} is not one of {', '.join(PREFILLS)}.")
     if cfg.attention not in ATTENTIONS:
@@ -97,6 +70,7 @@ def prepare(cfg: DictConfig, choices: dict[str, str]) -> Cell:
 def run(cfg: DictConfig, choices: dict[str, str], wait: bool = True, note=lambda **_: None) -> pd.DataFrame | None:
     """Compute the cell unless its parquet exists, its fp16 reference first; return its rows (None after dry_run).
 
+    None as well where this was one part of the cell (part, parts) and others are still to come.
     wait: wait for another process that computes the same cell, instead of raising claim.Busy. note: told run=<id> and finished=<bool>.
     """
     cell = prepare(cfg, choices)
@@ -117,8 +91,9 @@ def run(cfg: DictConfig, choices: dict[str, str], wait: bool = True, note=lambda
                 with _claim(fp16, wait=True) as theirs:
                     if not finished(fp16):
                         _compute(fp16, None, theirs)
-            reference = _predictions(fp16)
-        return report.show(_compute(cell, reference, claims))
+            reference = fp16
+        frame = _compute(cell, reference, claims)
+        return frame if frame is None else report.show(frame)
 
 
 def finished(cell: Cell) -> bool:
@@ -129,7 +104,7 @@ def _again(cell: Cell) -> pd.DataFrame:
     frame = results.read(cell.path)
     if set(frame.run) != {cell.run}:
         raise Refusal(f"{cell.path} holds rows of run {frame.run.iloc[0]}; delete it and run the cell again.")
-    cell.partial.unlink(missing_ok=True)  # left by a kill between the last two steps
+    _forget(cell)  # left by a kill between the last two steps
     report.say(f"run {cell.run} is finished; force=true repeats it")
     return report.show(frame)
 
@@ -138,7 +113,17 @@ def _again(cell: Cell) -> pd.DataFrame:
 def _claim(cell: Cell, wait: bool) -> Iterator[list[Claim]]:
     """The cell's rows and its unfinished records for this process alone; the two folders may be shared by different machines."""
     with ExitStack() as stack:
-        yield [stack.enter_context(Claim(Path(folder), cell.run, wait)) for folder in (cell.path.parent.parent / ".claims", Path(cell.cfg.outputs) / "claims")]
+        name = cell.run + parts.suffix(cell.cfg.part, cell.cfg.parts)
+        yield [stack.enter_context(Claim(folder, name, wait)) for folder in _claimed(cell)]
+
+
+def _claimed(cell: Cell) -> tuple[Path, Path]:
+    return cell.path.parent.parent / ".claims", Path(cell.cfg.outputs) / "claims"
+
+
+def _forget(cell: Cell) -> None:
+    for path in cell.partials:
+        path.unlink(missing_ok=True)
 
 
 def _predictions(cell: Cell) -> list[dict]:
@@ -159,9 +144,10 @@ def _load(cfg: DictConfig):
     return _instantiate(cfg.model, drop=models.TASK_DEFAULTS)
 
 
-def _compute(cell: Cell, reference: list[dict] | None, claims: list[Claim]) -> pd.DataFrame:
+def _compute(cell: Cell, reference: Cell | None, claims: list[Claim]) -> pd.DataFrame | None:
     cfg, task = cell.cfg, _instantiate(cell.cfg.task)
-    with _instantiate(cfg.logger).run(cell) as log:
+    with ExitStack() as stack:
+        log = stack.enter_context(_instantiate(cfg.logger).run(cell))
         model, tokenizer = _load(cfg)
         start = time.perf_counter()
         codecs = _codecs(cell, model, tokenizer)
@@ -170,13 +156,20 @@ def _compute(cell: Cell, reference: list[dict] | None, claims: list[Claim]) -> p
         examples = task.examples(lm)
         if cfg.force:
             cell.partial.unlink(missing_ok=True)
-        done = {r["id"]: r for r in predictions.resume(cell.partial, cfg.task.get("batch_size"), len(examples))}
-        log.resume(list(done.values()), len(examples))
-        predictions.append(cell.partial, _timed(task, lm, [e for e in examples if e.id not in done], cell, log))
-        by_id = {r["id"]: r for r in predictions.read(cell.partial)}
-        records = [by_id[e.id] for e in examples]
+        mine = parts.stretch(examples, cfg.part, cfg.parts)
+        done = {r["id"]: r for r in predictions.resume(cell.partial, cfg.task.get("batch_size"), len(mine))}
+        log.resume(list(done.values()), len(mine))
+        predictions.append(cell.partial, _timed(task, lm, [e for e in mine if e.id not in done], cell, log))
+        if cfg.parts > 1:  # one writer: parts may end at the same moment
+            stack.enter_context(Claim(_claimed(cell)[0], cell.run, wait=True))
+            if finished(cell):
+                return results.read(cell.path)
+        records = parts.gather(cell.partials, examples)
+        if records is None:
+            report.say(f"part {cfg.part} of {cfg.parts} of run {cell.run} is done; the rows follow with the last part")
+            return None
         usage = {**pd.DataFrame([r["usage"] for r in records]).sum().to_dict(), "calibration_seconds": calibration_seconds}
-        table = _refuse(rows.of_run, cell, task, records, reference, usage, _device_name(model))
+        table = _refuse(rows.of_run, cell, task, records, reference and _predictions(reference), usage, _device_name(model))
         for claim in claims:
             claim.check()
         for torn in cell.path.parent.glob(f".{cell.run}.*"):  # left by a kill in the middle of a write
@@ -184,7 +177,7 @@ def _compute(cell: Cell, reference: list[dict] | None, claims: list[Claim]) -> p
         text = "".join(map(predictions.line, records))
         results.replace(cell.path.with_suffix(".jsonl"), lambda t: t.write_text(text, encoding="utf-8"))
         frame = results.write(table, cell.path)
-        cell.partial.unlink()
+        _forget(cell)
         log.finish(frame, records)
     return frame
 

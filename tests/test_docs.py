@@ -38,7 +38,7 @@ def test_other_commands_compose(command):
 
     words = [w for w in shlex.split(command.removeprefix("HF_HUB_OFFLINE=1 ").removeprefix("python run.py ")) if w != "-m"]
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        one = [re.sub(r",.*", "", w) if w.split("=")[0] in ("quant", "bits", "model") else w for w in words]
+        one = [re.sub(r",.*", "", w) if w.split("=")[0] in ("quant", "bits", "model", "part") else w for w in words]
         cfg = compose("config", overrides=one, return_hydra_config=True)
     launcher = next((w.split("=")[1] for w in words if w.startswith("hydra/launcher=")), "basic")
     assert cfg.hydra.runtime.choices["hydra/launcher"] == launcher

@@ -233,3 +233,15 @@ def test_a_sweep_without_a_plan_does_not_pass_for_done(tmp_path, monkeypatch, ca
     with pytest.warns(UserWarning, match="Plan.on_multirun_start raised"):
         assert entry.main() == 1
     assert "error: " in capsys.readouterr().err
+
+
+def test_two_processes_share_one_cell_and_one_of_them_writes_its_rows(tmp_path):
+    whole, shared = tmp_path / "whole", tmp_path / "shared"
+    for home in (whole, shared):
+        home.mkdir()
+    one = ["quant=int4,fp16", "task.context=32", "task.batch_size=2"]
+    finish(launch(whole, *one, code=BASIC))
+    finish(launch(shared, *one, "parts=2", "part=0,1", "hydra/launcher=joblib", "jobs=2"))
+    assert len(list((shared / "results/runs").glob("*.parquet"))) == 2
+    pd.testing.assert_frame_equal(rows(whole), rows(shared))
+    assert not list((shared / "outputs/partial").iterdir())
