@@ -2,6 +2,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 ARGS ?= quant=gsrq bits=1 task=longbench
 TARGET_PYTHON ?= 3.11
+WORKERS ?= 2
 BIN := .venv/bin
 PIP = $(BIN)/python -m pip install -q $(if $(WHEELHOUSE),--no-index --find-links $(WHEELHOUSE))
 PINS = $(PYTHON) -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; print('\n'.join(p['dependencies'] if '$(1)' == 'run' else p['optional-dependencies']['$(1)']))"
@@ -15,8 +16,8 @@ setup: .venv/run.ready  ## make .venv with the pinned dependencies; WHEELHOUSE=f
 run: .venv/run.ready  ## run one cell; ARGS="quant=gsrq bits=1 task=longbench" takes any Hydra overrides
 	@$(BIN)/python run.py $(ARGS)
 
-test: .venv/dev.ready  ## the whole offline test-suite
-	@$(BIN)/python -m pytest $(PYTEST)
+test: .venv/dev.ready  ## the whole offline test-suite, in WORKERS=2 processes
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST)
 
 test-gpu: .venv/dev.ready  ## only the tests that need a CUDA device
 	@$(BIN)/python -m pytest -m gpu

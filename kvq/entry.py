@@ -110,7 +110,8 @@ def main() -> int:
     if any(a.startswith("hydra/launcher=") for a in arguments):
         os.environ[slots.GPUS] = ",".join(slots.visible_gpus())
     if not any(a.startswith("sweep=") for a in arguments):
-        sys.argv = [*arguments, f"sweep={sweep.name_of(arguments[1:])}"]
+        beside = next((i for i, a in enumerate(arguments) if i and "=" in a and not a.startswith("-")), len(arguments))  # overrides stand together
+        sys.argv = [*arguments[:beside], f"sweep={sweep.name_of(arguments[1:])}", *arguments[beside:]]
     try:
         problem = _launch()
     except KeyboardInterrupt:
