@@ -24,6 +24,10 @@ PLACED = ("joblib", "submitit_local", "ray")
 warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema")
 
 
+stopped: list[Exception] = []
+"""What ended this process's single cell."""
+
+
 def guard() -> None:
     """Raise Refusal if the PyPI package `kernels` is installed: transformers would import this repository's `kernels` in its place."""
     try:
@@ -34,7 +38,7 @@ def guard() -> None:
 
 
 def cell(cfg) -> None:
-    """Hydra's task function: one cell. Alone it raises; in a sweep it writes down what happened and the sweep goes on."""
+    """Hydra's task function: one cell. Alone it keeps what stopped it for `main`; in a sweep it writes down what happened and the sweep goes on."""
     from hydra.core.hydra_config import HydraConfig
 
     chosen = HydraConfig.get()
@@ -43,7 +47,10 @@ def cell(cfg) -> None:
         _quiet()
         from kvq.runner import run
 
-        run(cfg, choices)
+        try:
+            run(cfg, choices)
+        except Exception as error:  # raised again once Hydra is done, which would print a heading of its own above the sentence
+            stopped.append(error)
         return
     where = sweep.folder(cfg.outputs, cfg.sweep)
     launcher = chosen.runtime.choices["hydra/launcher"]
@@ -139,6 +146,8 @@ def _launch() -> tuple[int, str] | None:
     try:
         guard()
         hydra.main(version_base="1.3", config_path=CONFIG, config_name="config")(cell)()
+        if stopped:
+            raise stopped.pop()
     except Refusal as error:
         return 2, str(error)
     except (HydraException, OmegaConfBaseException) as error:

@@ -27,7 +27,7 @@ def essence(overrides: list[str]) -> list[str]:
 
 def name_of(words: list[str]) -> str:
     """A sweep's default name: a hash of its command line."""
-    return key_of(sorted(essence([w for w in words if not w.startswith("-")])))
+    return "s" + key_of(sorted(essence([w for w in words if not w.startswith("-")])))  # a letter first: Hydra would read 1e8be7a6 as a number
 
 
 def key_of(words: list[str]) -> str:
@@ -36,7 +36,7 @@ def key_of(words: list[str]) -> str:
 
 
 def folder(outputs: str | Path, sweep: str) -> Path:
-    return Path(outputs) / "sweeps" / sweep
+    return Path(outputs) / "sweeps" / str(sweep)
 
 
 class Note:

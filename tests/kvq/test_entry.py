@@ -81,7 +81,7 @@ def test_a_user_error_is_one_sentence_and_writes_nothing(command, tmp_path, argu
 
     code, out, err = command(*arguments)
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert code == 2 and len(lines) == 1 and "Traceback" not in err + out, err
+    assert code == 2 and len(lines) == 1 and "Traceback" not in err + out and "Error executing" not in err, err
     assert re.search(match, lines[0], re.S), lines[0]
     assert not [n for n in written(tmp_path) if n.endswith((".parquet", ".log", ".yaml"))]
 
@@ -124,6 +124,11 @@ def test_a_model_folder_runs_and_is_named_by_content(command, tmp_path, monkeypa
         assert code == 0, err
     assert len(list((tmp_path / "r" / "runs").glob("*.parquet"))) == 2, "a copy of the folder is the same model"
     models._load.cache_clear()
+
+
+def test_a_sweep_may_be_called_by_a_number(command, tmp_path):
+    code, _, err = command("-m", "quant=kivi", "bits=0.3", "sweep=1e8")
+    assert code == 2 and "bits must be 1, 2, 3 or 4" in err and "TypeError" not in err
 
 
 def test_a_sweep_goes_on_after_a_refused_cell(command, tmp_path):
