@@ -1,4 +1,4 @@
-"""Which quantizer at which budget: loss, KL, LongBench and needles of every method, against stored bits and against all-in bits.
+"""Which quantizer at which budget: loss, KL, top-1 agreement, LongBench and needles of every method, against stored bits and against all-in bits.
 
 Stored bits are what a token costs in a running cache; all-in bits add codebooks and exact tokens for one sequence of the run's
 length, where vector quantizers pay for their tables.
@@ -18,14 +18,16 @@ PANELS = (
     ("longbench", "score", "LongBench\n(percent)"),
     ("niah", "score", "needles found\n(percent)"),
 )
-TASKS = {"loss": "perplexity", "kl": "perplexity", "longbench": "longbench", "niah": "niah"}
+TABLED = (("top1", "top1", ""),)
+"""Measures of the table alone."""
+TASKS = {"loss": "perplexity", "kl": "perplexity", "top1": "perplexity", "longbench": "longbench", "niah": "niah"}
 AXES = (("bits_stored", "stored bits per value"), ("bits_total", "all-in bits per value, one sequence"))
 FEWEST = 3
 """Methods a panel needs."""
 
 
 def rows(results: Path = Path("results"), model: str = "standin") -> pd.DataFrame:
-    parts = [scores.gather(results, model, {TASKS[name]: metric}).assign(panel=name) for name, metric, _ in PANELS]
+    parts = [scores.gather(results, model, {TASKS[name]: metric}).assign(panel=name) for name, metric, _ in PANELS + TABLED]
     return pd.concat([p for p in parts if len(p)], ignore_index=True) if any(map(len, parts)) else parts[0]
 
 
@@ -49,10 +51,10 @@ def draw(rows: pd.DataFrame):
 
 
 def table(rows: pd.DataFrame) -> Table:
-    columns = {"loss": ("loss above fp16", 3), "kl": ("KL to fp16", 3), "longbench": ("LongBench", 1), "niah": ("needles", 1)}
+    columns = {"loss": ("loss above fp16", 3), "kl": ("KL to fp16", 3), "top1": ("top-1 agreement", 3), "longbench": ("LongBench", 1), "niah": ("needles", 1)}
     fp16 = {name: rows[rows["panel"] == name]["fp16"].mean() for name in columns}
     lines = [{"method": "fp16", "bits K/V": "16/16", "stored": "16.000", "all-in": "16.00", "loss above fp16": f"(loss {fp16['loss']:.3f})", "KL to fp16": "0",
-              "LongBench": f"{fp16['longbench']:.1f}", "needles": f"{fp16['niah']:.1f}", "seeds": ""}]  # fmt: skip
+              "top-1 agreement": "1", "LongBench": f"{fp16['longbench']:.1f}", "needles": f"{fp16['niah']:.1f}", "seeds": ""}]  # fmt: skip
     for (quant, key, value), group in rows.groupby(["quant", "key_bits", "value_bits"]):
         text = group[group["panel"] == "loss"]
         total = (text if len(text) else group)["bits_total"].mean()
@@ -62,6 +64,6 @@ def table(rows: pd.DataFrame) -> Table:
             line[title] = spread(part["value"], part["stderr"], digits)
         lines.append({**line, "seeds": group["seed"].nunique()})
     return Table(
-        "Every method at every budget, shipped options; loss and KL in nats per token, scores in percent; ± over seeds, or one standard error with one seed. "
+        "Every method at every budget, shipped options; loss and KL in nats per token, top-1 agreement with fp16 as a share of positions, scores in percent; ± over seeds, or one standard error with one seed. "
         "Scored in one pass, so an exact window (KIVI's 128 tokens) is seen by the last queries only. All-in bits are of the perplexity run."
     ).add("", pd.DataFrame(lines))
