@@ -80,11 +80,11 @@ def rows(results: Path = Path("results"), model: str = "standin") -> pd.DataFram
             else "published numbers"
             if claim["rows"].startswith("reported.")
             else "synthetic"
-            if claim["rows"] == "gsrq_gaussian"
+            if claim["rows"].split(".")[0] in ("gsrq_gaussian", "gsrq_latency", "blockgtq_deployment")
             else model
         )
         experiment = (claim.get("rows") or "").partition(".")[0]
-        command = claim.get("command") or ("" if experiment in ("", "reported") else f"python run.py experiment={experiment}")
+        command = claim.get("command") or ("" if experiment in ("", "reported") else f"python run.py experiment={experiment} size=gpu")
         found = judge(claim, results, model, cache)
         lines.append({"paper": claim["paper"], "place": claim["place"], "claim": claim["claim"], "reported": claim["reported"], **found,
                       "model": where if found["ours"] else "", "command": command, "note": claim.get("note", "")})  # fmt: skip

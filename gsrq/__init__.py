@@ -7,6 +7,7 @@ K-means, the ablation's other arm       kernels.kmeans.kmeans: conf/quant/km.yam
 w = log(1 + lambda ||grad||)            gsrq.weights.log_weights
 product + residual pipeline             gsrq.quantizer.GSRQ; encoding and decoding are kernels.rvq
 bits = R log2 K / D                     GSRQ.bits, from the packed bytes
+attention over packed codes             gsrq.fused, kernels.lookup; timings: gsrq.bench
 
 Identities that the tests hold: with a raw instead of a unit direction the update is Lloyd's (s = m/||m||, g = ||m||); weights w on unit
 directions equal weights w/||x|| on raw ones; after a Lloyd round the captured energy is sum ||c||^2 / sum ||x||^2 over occupancy.
@@ -25,7 +26,8 @@ Departures: what the paper leaves open or what we do otherwise.
 - Keys are coded before RoPE (the paper's kernels imply it; its figure code reads keys after RoPE): space="post" switches.
 - Order (not stated): contiguous channels, heads in model order, so a piece of 256 spans two neighbouring heads.
 - A model narrower than a piece is one piece, with stages for the same bits.
-- Extra, off by default: beam > 1 keeps several partial sums while encoding. It is not part of GSRQ and belongs in no GSRQ row.
+- Extras, off by default: beam > 1 keeps several partial sums while encoding, refine > 0 refits all stages jointly (gsrq.refine). They are
+  not part of GSRQ and belong in no GSRQ row; conf/quant/gsrq_plus.yaml turns both on.
 - Every token is coded, the first included; no exact window unless the configuration asks for one.
 """
 

@@ -30,17 +30,17 @@ def check(size, name: str = "task.batch_size") -> None:
 
 
 def run(
-    lm, items: list, size: int | str, work: Callable[[list, int], list], tokens: Callable, *, prefill: int | None = None, logits: int = 1, span: int = 1
+    lm, items: list, size: int | str, work: Callable[[list, int], list], tokens: Callable, *, prefill: int | None = None, logits: int = 1
 ) -> Iterator[tuple]:  # fmt: skip
-    """Yield (item, result) in order; work(batch, rows) returns one result per item of a batch of up to rows * span items.
+    """Yield (item, result) in order; work(batch, rows) returns one result per item of a batch of up to rows items.
 
     tokens(item): tokens its row will hold. prefill: tokens read in one forward, if not all. logits: positions of a row whose logits
-    are computed (0: all). span: batches of `rows` that work makes itself. Raises Refusal where `rows` of a given size, or one, do not fit.
+    are computed (0: all). Raises Refusal where `rows` of a given size, or one, do not fit.
     """
     start, most = 0, LARGEST
     while start < len(items):
         rows = min(most, estimate(lm, tokens(items[start]), prefill, logits)) if size == AUTO else size
-        batch = items[start : start + rows * span]
+        batch = items[start : start + rows]
         try:
             results = work(batch, rows)
         except (RuntimeError, MemoryError) as error:

@@ -80,12 +80,12 @@ def _noted(cfg, choices, note: sweep.Note, wait: bool) -> None:
         note.write("running", **known)
 
     try:
-        run(cfg, choices, wait=wait, note=remember)
+        frame = run(cfg, choices, wait=wait, note=remember)
     except Busy as busy:
         print(f"left to {busy}: {' '.join(note.state['cell'])}", flush=True)
         note.write("claimed", by=str(busy))
     else:
-        note.write("estimated" if cfg.dry_run and not told["finished"] else "finished")
+        note.write("estimated" if cfg.dry_run and not told["finished"] else "finished" if frame is not None else "finished part")
 
 
 def explain(error: BaseException) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, StoppingCriteria
 from transformers.utils import logging
 
+from kvq.batches import LEAST
 from kvq.cache import ATTENTION, QuantizedCache, layer_kinds
 from kvq.errors import Refusal
 from kvq.quantizer import table_bytes
@@ -134,7 +135,10 @@ class LM:
         if before_rope:
             self.rope.check_undo()
         self.batch_safe = window == 0 and all(c.block == 1 and not getattr(c, "stateful", False) for c in used)
-        self.shareable = self.batch_safe and all(kind == "full_attention" for kind, _ in kinds)
+        # Forks are exact where nothing depends on what stands behind the shared tokens: kernels count padding from the front, and a sink
+        # longer than the shortest shared prefix would fill with padding.
+        plain = attention != "fused" and sink <= LEAST
+        self.shareable = plain and self.batch_safe and all(kind == "full_attention" for kind, _ in kinds)
         self.table_bytes = table_bytes(used)
         self._open: list[QuantizedCache] = []
         self._beginning: tuple[list[int], QuantizedCache] = ([], None)
@@ -168,7 +172,7 @@ class LM:
             self._beginning = ([], None)
             start, cache = time.perf_counter(), QuantizedCache(self.model.config, self.codecs, self.rope, **self.options)
             keep = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(self.model.forward).parameters else {}
-            for piece in torch.tensor([ids], device=self.device).split(chunk or len(ids), dim=1):
+            for piece in torch.tensor([ids], device=self.device).split(no_single(chunk, len(ids)) or len(ids), dim=1):
                 self.model(piece, past_key_values=cache, use_cache=True, **keep)
             self._sync()
             self.book("prefill_seconds", time.perf_counter() - start)
@@ -262,7 +266,7 @@ def padding_behind(ids: Tensor, mask: Tensor, shared: int) -> tuple[Tensor, Tens
 
 def no_single(chunk: int | None, tokens: int) -> int | None:
     """A chunk of at least this size that leaves no last chunk of one token: it would pass for a generated one, which prefill=exact reads from codes."""
-    while chunk and tokens % chunk == 1:
+    while chunk and 1 < chunk < tokens and tokens % chunk == 1:
         chunk += 1
     return chunk
 

@@ -10,10 +10,12 @@ from kvq import predictions
 from kvq.errors import Refusal
 
 
-def check(part: int, parts: int) -> None:
-    """Raises Refusal unless both are whole numbers with 0 <= part < parts."""
+def check(part: int, parts: int, force: bool = False) -> None:
+    """Raises Refusal unless both are whole numbers with 0 <= part < parts, and for force with several parts, which cannot know each other's."""
     if any(isinstance(n, bool) or not isinstance(n, int) for n in (part, parts)) or not 0 <= part < parts:
         raise Refusal(f"part={part} parts={parts}: part counts from 0 to parts - 1; a whole cell is parts=1 part=0.")
+    if force and parts > 1:
+        raise Refusal("force=true repeats a whole cell; delete its files in results/runs and outputs/partial to repeat it in parts.")
 
 
 def suffix(part: int, parts: int) -> str:

@@ -6,6 +6,10 @@ from kvq import results, statistics
 from kvq.errors import Refusal
 
 
+FOLDERS = ("results", "outputs", "calibrations")
+"""Settings that say where files are, not what was computed: they stay out of rows."""
+
+
 def of_run(cell, task, records: list[dict], reference: list[dict] | None, usage: dict, device: str) -> list[dict]:
     """Rows in the schema of `kvq.results`. `usage`: bytes, tokens and seconds summed over the records. Raises Refusal if nothing was compressed."""
     quant, tables = cell.resolved["quant"], usage.get("table_bytes", 0)
@@ -20,7 +24,7 @@ def of_run(cell, task, records: list[dict], reference: list[dict] | None, usage:
         "calib": cell.choices["calib"] if cell.identity["calib"] else "none", "bits": cell.label, "bits_stored": stored,
         "bits_total": 8 * (usage["code_bytes"] + usage["exact_bytes"] + tables) / usage["slot_values"],
         "encoded_tokens": int(usage["encoded"]), "seed": cell.resolved["seed"],
-        "config": json.dumps({**cell.resolved, "identity": cell.identity}, sort_keys=True), **results.provenance(device),
+        "config": json.dumps({**{k: v for k, v in cell.resolved.items() if k not in FOLDERS}, "identity": cell.identity}, sort_keys=True), **results.provenance(device),
     }  # fmt: skip
     rows = [{**common, **row} for row in statistics.summarize(records).to_dict("records")]
     for suffix, some in (("", records), ("_fp16", reference or [])):

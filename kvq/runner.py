@@ -4,7 +4,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pandas as pd
@@ -16,7 +16,7 @@ from tqdm import tqdm
 from kvq import calibrate, estimate, models, parts, placement, predictions, report, results, rows, store
 from kvq.cache import ATTENTIONS, PREFILLS, coded_shapes
 from kvq.cell import Cell
-from kvq.claim import Claim
+from kvq.claim import Busy, Claim
 from kvq.errors import Refusal
 
 EVERYTHING = ("calib", "seed")
@@ -30,7 +30,7 @@ def prepare(cfg: DictConfig, choices: dict[str, str]) -> Cell:
     for key, number in (("seed", cfg.seed), ("quant.sink", cfg.quant.sink), ("quant.window", cfg.quant.window)):
         if isinstance(number, bool) or not isinstance(number, int) or number < 0:
             raise Refusal(f"{key}={number} is not a whole number from 0 on.")
-    parts.check(cfg.part, cfg.parts)
+    parts.check(cfg.part, cfg.parts, cfg.force)
     if cfg.prefill not in PREFILLS:
         raise Refusal(f"prefill={cfg.prefill} is not one of {', '.join(PREFILLS)}.")
     if cfg.attention not in ATTENTIONS:
@@ -74,7 +74,7 @@ def run(cfg: DictConfig, choices: dict[str, str], wait: bool = True, note=lambda
     wait: wait for another process that computes the same cell, instead of raising claim.Busy. note: told run=<id> and finished=<bool>.
     """
     cell = prepare(cfg, choices)
-    note(run=cell.run, finished=finished(cell))
+    note(run=cell.run, finished=finished(cell), **({"part": parts.suffix(cfg.part, cfg.parts)} if cfg.parts > 1 else {}))
     if cfg.dry_run:
         return estimate.show(cell, _estimate(cell), finished(cell))
     if finished(cell):
@@ -104,7 +104,8 @@ def _again(cell: Cell) -> pd.DataFrame:
     frame = results.read(cell.path)
     if set(frame.run) != {cell.run}:
         raise Refusal(f"{cell.path} holds rows of run {frame.run.iloc[0]}; delete it and run the cell again.")
-    _forget(cell)  # left by a kill between the last two steps
+    with suppress(Busy), _claim(cell, wait=False):  # whoever repeats the run with force=true keeps what it has
+        _forget(cell)  # left by a kill between the last two steps
     report.say(f"run {cell.run} is finished; force=true repeats it")
     return report.show(frame)
 
@@ -161,10 +162,12 @@ def _compute(cell: Cell, reference: Cell | None, claims: list[Claim]) -> pd.Data
         log.resume(list(done.values()), len(mine))
         predictions.append(cell.partial, _timed(task, lm, [e for e in mine if e.id not in done], cell, log))
         if cfg.parts > 1:  # one writer: parts may end at the same moment
-            stack.enter_context(Claim(_claimed(cell)[0], cell.run, wait=True))
+            claims = [*claims, stack.enter_context(Claim(_claimed(cell)[0], cell.run, wait=True))]
             if finished(cell):
                 return results.read(cell.path)
         records = parts.gather(cell.partials, examples)
+        if records is None and cfg.parts == 1:
+            raise Refusal(f"{cell.partial} was deleted while run {cell.run} was computed; run the cell again.")
         if records is None:
             report.say(f"part {cfg.part} of {cfg.parts} of run {cell.run} is done; the rows follow with the last part")
             return None

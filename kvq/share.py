@@ -119,7 +119,7 @@ def _upload(entries: list[Path], repository: str) -> None:
         for entry in entries:
             shutil.copy(entry, here)
         try:
-            HfApi().create_repo(repository, repo_type="dataset", exist_ok=True)
+            HfApi().create_repo(repository, repo_type="dataset", exist_ok=True, private=True)
             HfApi().upload_folder(repo_id=repository, repo_type="dataset", folder_path=here, commit_message="Add stored calibrations")
         except Exception as error:
             raise Refusal(f"{repository} cannot be written: {str(error).strip().splitlines()[0]} Log in (hf auth login), or export a folder or a .tar.") from error

@@ -46,14 +46,17 @@ def _status(key: str, cell: str, noted: dict | None, folder: Path, outputs: Path
     run, state = noted.get("run"), noted.get("state")
     if state == "estimated":
         return Status(key, cell, State.DONE, "dry run, nothing computed", run)
-    if run and (folder / "runs" / f"{run}.parquet").is_file():
-        return Status(key, cell, State.DONE, "", run)
-    if run and (owner := claim.held(folder / ".claims", run)):
-        partial = outputs / "partial" / f"{run}.jsonl"
+    name = f"{run}{noted.get('part', '')}"
+    if run and (owner := claim.held(folder / ".claims", name)):
+        partial = outputs / "partial" / f"{name}.jsonl"
         examples = partial.read_bytes().count(b"\n") if partial.is_file() else 0
         return Status(key, cell, State.RUNNING, f"{claim.describe(owner)}, {examples} examples so far", run)
-    if state == "failed":
+    if state == "failed":  # before its rows: those of a forced cell are the old ones
         return Status(key, cell, State.FAILED, noted.get("reason", "no reason noted"), run)
+    if run and (folder / "runs" / f"{run}.parquet").is_file():
+        return Status(key, cell, State.DONE, "", run)
+    if state == "finished part":
+        return Status(key, cell, State.DONE, "the rows follow with the last part", run)
     if state == "finished":
         return Status(key, cell, State.MISSING, "its rows were deleted; run the sweep again", run)
     if state in ("running", "claimed"):

@@ -153,7 +153,7 @@ class LMEval:
                 prompt = len(adapter.tok_encode(str(example.payload[1][0].arguments[0])))
                 return min(prompt + (_cap(task, adapter) if generates else 0), lm.max_length)
 
-            for _, record in batches.run(lm, group, self.batch_size, work, tokens, prefill=self.chunk, span=1 if generates else 4):
+            for _, record in batches.run(lm, group, self.batch_size, work, tokens, prefill=self.chunk):
                 yield record
 
     def _record(self, example: Example, task, adapter) -> Record:

@@ -21,6 +21,12 @@ def test_impossible_parts_are_refused(part, several):
         parts.check(part, several)
 
 
+def test_forced_parts_are_refused():
+    parts.check(0, 1, force=True)
+    with pytest.raises(Refusal, match="whole cell"):
+        parts.check(0, 2, force=True)
+
+
 def test_records_come_in_the_order_of_examples_once_all_parts_are_whole(tmp_path):
     examples = [SimpleNamespace(id=str(i)) for i in range(5)]
     files = [tmp_path / f"run{parts.suffix(part, 2)}.jsonl" for part in range(2)]
