@@ -99,10 +99,11 @@ def test_a_sweep_killed_twice_ends_like_an_undisturbed_one(undisturbed, tmp_path
         process = launch(tmp_path, *AXES, "hydra/launcher=joblib", "jobs=2")
         kept.append(kill_workers(tmp_path, process, enough))
         running = [note for note in noted(tmp_path) if note["state"] == "running"]
-        assert {note["gpu"] for note in running} == {"0", "1"} and {note["threads"] for note in running} == {str(max(1, len(os.sched_getaffinity(0)) // 2))}
+        assert {note["gpu"] for note in running} <= {"0", "1"} and {note["threads"] for note in running} <= {str(max(1, len(os.sched_getaffinity(0)) // 2))}
         states = status.states(tmp_path / "outputs" / "sweeps" / "test")
         assert {State.DONE, State.STOPPED} <= {s.state for s in states} and len(states) == 24
     assert len(kept[0]) < len(kept[1]) < 48
+    assert {note["gpu"] for note in noted(tmp_path)} == {"0", "1"}, "each worker has a GPU of its own"  # one may be between two cells at a kill
     said = finish(launch(tmp_path, *AXES, "hydra/launcher=joblib", "jobs=2"))
     assert "24 of 24 cells done" in said
     ended = files(tmp_path)
