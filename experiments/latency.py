@@ -16,13 +16,20 @@ VARIANT = r"( fp16 tables| fp8 tables|,).*"
 
 
 def gather(results: Path, file: str) -> pd.DataFrame:
-    """Decode attention in microseconds from results/latency/<file>.parquet, the fastest variant of each method, the shape's numbers as columns."""
+    """Decode attention in microseconds from results/latency/<file>.parquet, the fastest variant of each method, the shape's numbers as columns.
+
+    Timings whose outputs were not checked on the device say so in the method's name.
+    """
     path = Path(results) / "latency" / f"{file}.parquet"
     frame = pd.read_parquet(path) if path.is_file() else pd.DataFrame(columns=["kernel", "metric", "shape", "provider", "median"])
     frame = frame[(frame["kernel"] == "decode_attention") & (frame["metric"] == "time") & frame["shape"].astype(str).str.fullmatch(SHAPE)]
     if frame.empty:
         return frame
-    frame = frame.assign(method=frame["provider"].str.replace(VARIANT, "", regex=True))
+    method = frame["provider"].str.replace(VARIANT, "", regex=True)
+    if "checked" in frame:  # outputs compared with the definition in the same run
+        method = method.where(frame["checked"].astype(bool), method + " (unverified)")
+        frame = frame.assign(provider=frame["provider"].where(frame["checked"].astype(bool), frame["provider"] + " (unverified)"))
+    frame = frame.assign(method=method)
     frame = frame.loc[frame.groupby(["method", "shape"])["median"].idxmin()]
     return frame.join(frame["shape"].str.extract(SHAPE).astype(int)).sort_values(["heads", "kv", "batch", "method", "tokens"], ignore_index=True)
 

@@ -5,7 +5,6 @@ import json
 from kvq import results, statistics
 from kvq.errors import Refusal
 
-
 FOLDERS = ("results", "outputs", "calibrations")
 """Settings that say where files are, not what was computed: they stay out of rows."""
 

@@ -123,7 +123,7 @@ def _claimed(cell: Cell) -> tuple[Path, Path]:
 
 
 def _forget(cell: Cell) -> None:
-    for path in cell.partials:
+    for path in cell.partial.parent.glob(f"{cell.run}*.jsonl"):  # of any division into parts: none may outlive the rows
         path.unlink(missing_ok=True)
 
 

@@ -16,8 +16,8 @@ from kvq.errors import Refusal
 _held: FileLock | None = None
 
 
-def take(folder: Path, jobs: int, prefer: int, pin: bool = True) -> int:
-    """Wait for a free place, the job's own number first; pin GPU (`pin`) and threads. Call before CUDA or OpenMP start. Returns the place.
+def take(folder: Path, jobs: int, prefer: int) -> int:
+    """Wait for a free place, the job's own number first; pin GPU and threads. Call before CUDA or OpenMP start. Returns the place.
 
     Raises Refusal unless jobs is at least 1.
     """
@@ -29,7 +29,7 @@ def take(folder: Path, jobs: int, prefer: int, pin: bool = True) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     place = _wait(folder, jobs, prefer)
     gpus = visible_gpus()
-    if pin and gpus:
+    if gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus[place % len(gpus)]
     threads = str(max(1, len(os.sched_getaffinity(0)) // jobs))
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
