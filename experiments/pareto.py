@@ -64,7 +64,8 @@ def table(rows: pd.DataFrame) -> Table:
             line[title] = spread(part["value"], part["stderr"], digits)
         lines.append({**line, "seeds": group["seed"].nunique()})
     return Table(
-        "Every method at every budget, shipped options; loss and KL in nats per token, top-1 agreement with fp16 as a share of positions, scores in percent; ± over seeds, or one standard error with one seed; "
+        "Every method at every budget, shipped options; loss and KL in nats per token, top-1 agreement with fp16 as a share of positions, "
+        "scores in percent; ± over seeds, or one standard error with one seed; "
         "the column seeds counts those of the loss, LongBench has one and needles mostly one. "
         "Scored in one pass, so an exact window (KIVI's 128 tokens) is seen by the last queries only. All-in bits are of the perplexity run."
     ).add("", pd.DataFrame(lines))
