@@ -173,6 +173,11 @@ class GSRQ(nn.Module):
         A token's codes do not depend on its neighbours, up to float32 rounding of matrix products of different sizes at exact ties.
         """
         _finite(x, "vectors to encode")
+        return self.encode_unchecked(x)
+
+    @torch.no_grad()
+    def encode_unchecked(self, x: Tensor) -> dict[str, Tensor]:
+        """:meth:`encode` without a look at the values: nothing comes back to the host, so a CUDA graph can hold it."""
         tables = self._tables()
         codes = rvq.encode(_cut(x.float() / self.scale, tables.shape[-1]), tables, self.beam)  # [M, B*T, R]
         codes = codes.transpose(0, 1).reshape(x.shape[0], 1, x.shape[2], tables.shape[0] * tables.shape[1])  # piece-major, stages inside

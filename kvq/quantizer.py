@@ -26,7 +26,8 @@ class Quantizer(Protocol):
     receives `encode(x, state)` with a dict that lives as long as the stream. `check(heads, head_dim)`, where defined,
     raises ValueError before any work if the codec cannot serve that shape. `depends_on`, a subset of ("calib", "seed"), says what
     shapes a fitted codec beyond its options (both, if absent): a run is not repeated for a calibration that it does not use.
-    A key codec whose codes a kernel can read offers `fuse(value codec)`, a :class:`Fused` or None.
+    A key codec whose codes a kernel can read offers `fuse(value codec)`, a :class:`Fused` or None. `encode_unchecked(x)`, where defined, is
+    `encode` that reads nothing back to the host: what a graph of a decoding step can hold.
     """
 
     bits: float
