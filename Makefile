@@ -3,11 +3,13 @@ PYTHON ?= python3
 ARGS ?= quant=gsrq bits=1 task=longbench
 TARGET_PYTHON ?= 3.11
 WORKERS ?= 2
+SIZE ?= gpu
+JOBS ?= 2
 BIN := .venv/bin
 PIP = $(BIN)/python -m pip install -q $(if $(WHEELHOUSE),--no-index --find-links $(WHEELHOUSE))
 PINS = $(PYTHON) -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; print('\n'.join(p['dependencies'] if '$(1)' == 'run' else p['optional-dependencies']['$(1)']))"
 
-.PHONY: help setup run test test-gpu lint figures tables standin clean
+.PHONY: help setup run test test-gpu lint rows figures tables standin clean
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
@@ -24,6 +26,9 @@ test-gpu: .venv/dev.ready  ## only the tests that need a CUDA device
 
 lint: .venv/dev.ready  ## ruff
 	@$(BIN)/ruff check .
+
+rows: .venv/run.ready  ## make the committed rows again, only missing ones; EXPERIMENTS="pareto suites" (default: all) SIZE=gpu JOBS=2
+	@$(BIN)/python -m kvq.campaign $(EXPERIMENTS) size=$(SIZE) --jobs $(JOBS)
 
 figures: .venv/run.ready  ## draw results/figures from results/ alone, only what changed
 	@$(BIN)/python -m experiments --only figures

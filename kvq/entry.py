@@ -55,23 +55,16 @@ def cell(cfg) -> None:
     where = sweep.folder(cfg.outputs, cfg.sweep)
     launcher = chosen.runtime.choices["hydra/launcher"]
     note = sweep.Note(where, list(chosen.overrides.task))
-    try:
-        if launcher in PLACED:
-            slots.take(where / ".slots", cfg.jobs, chosen.job.num)
-        note.write("running")
-        _noted(cfg, choices, note, wait=launcher == "submitit_slurm")  # a queued job has nothing else to do
-    except Exception as error:
-        reason = explain(error)
-        print(f"failed: {' '.join(note.state['cell'])}: {reason}", file=sys.stderr, flush=True)
-        note.failed(reason, error)
-        _free_memory()
+    place = (where / ".slots", cfg.jobs, chosen.job.num) if launcher in PLACED else None
+    noted(cfg, choices, note, place, wait=launcher == "submitit_slurm")  # a queued job has nothing else to do
 
 
-def _noted(cfg, choices, note: sweep.Note, wait: bool) -> None:
+def noted(cfg, choices: dict[str, str], note: sweep.Note, place: tuple | None = None, wait: bool = False) -> str:
+    """Compute a cell of a sweep and write down what became of it: "" its rows are there, "busy" another process has it, else the sentence of its failure.
+
+    place: arguments of slots.take for a process without a GPU and cores of its own yet. wait: for another process that has the cell.
+    """
     from kvq.claim import Busy
-
-    _quiet()
-    from kvq.runner import run
 
     told = {}
 
@@ -80,12 +73,25 @@ def _noted(cfg, choices, note: sweep.Note, wait: bool) -> None:
         note.write("running", **known)
 
     try:
+        if place:
+            slots.take(*place)
+        note.write("running")
+        _quiet()
+        from kvq.runner import run
+
         frame = run(cfg, choices, wait=wait, note=remember)
+        note.write("estimated" if cfg.dry_run and not told["finished"] else "finished" if frame is not None else "finished part")
+        return ""
     except Busy as busy:
         print(f"left to {busy}: {' '.join(note.state['cell'])}", flush=True)
         note.write("claimed", by=str(busy))
-    else:
-        note.write("estimated" if cfg.dry_run and not told["finished"] else "finished" if frame is not None else "finished part")
+        return "busy"
+    except Exception as error:
+        reason = explain(error)
+        print(f"failed: {' '.join(note.state['cell'])}: {reason}", file=sys.stderr, flush=True)
+        note.failed(reason, error)
+        _free_memory()
+        return reason
 
 
 def explain(error: BaseException) -> str:
@@ -104,12 +110,17 @@ def explain(error: BaseException) -> str:
     return f"unexpected {type(error).__name__}: {message}{where}."
 
 
-def main() -> int:
-    """Run; return the exit code: 0 done, 1 an unexpected error, 2 refused or failed cells, 3 cells left to other processes, 130 interrupted."""
+def prepare_environment() -> None:
+    """What this process and the workers it starts rely on."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else Ray hides the GPUs from tasks that do not ask it for one
-    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([ROOT, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]))  # for workers
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([ROOT, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]))
+
+
+def main() -> int:
+    """Run; return the exit code: 0 done, 1 an unexpected error, 2 refused or failed cells, 3 cells left to other processes, 130 interrupted."""
+    prepare_environment()
     from kvq import plan
 
     arguments, plan.launched, plan.started = list(sys.argv), None, False

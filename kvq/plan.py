@@ -28,11 +28,16 @@ class Plan(Callback):
         parsed = OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides(words)
         cells = [sweep.essence(cell) for batch in BasicSweeper.split_arguments(parsed, None) for cell in batch]
         where = sweep.folder(config.outputs, config.sweep)
-        where.mkdir(parents=True, exist_ok=True)
-        file = where / "plan.json"
-        with FileLock(where / ".plan.lock"):
-            known = sweep.read(file) or {"cells": {}}
-            known["cells"].update({sweep.key_of(cell): cell for cell in cells})
-            known.update(command=sys.argv[1:], results=str(Path(config.results).absolute()), date=sweep.now())
-            sweep.write(file, known)
+        write(where, cells, config.results)
         launched = (where, [sweep.key_of(cell) for cell in cells])
+
+
+def write(where: Path, cells: list[list[str]], results: str) -> None:
+    """Add cells to the plan in `where`: lists of overrides without those that say only where or how (sweep.essence)."""
+    where.mkdir(parents=True, exist_ok=True)
+    file = where / "plan.json"
+    with FileLock(where / ".plan.lock"):
+        known = sweep.read(file) or {"cells": {}}
+        known["cells"].update({sweep.key_of(cell): cell for cell in cells})
+        known.update(command=sys.argv[1:], results=str(Path(results).absolute()), date=sweep.now())
+        sweep.write(file, known)
