@@ -86,8 +86,8 @@ class PagedAttention:
         turned = new(batch, heads, positions, wide, dtype=torch.float32 if query.dtype == torch.float32 else torch.float16)
         aux, out, stat = new(batch, heads, 2, wide), new(batch, heads, splits, wide, dim), new(batch, heads, splits, 2, wide)
         merged, lse, output = new(batch, heads * group, dim), new(batch, heads * group), new(batch, heads * group, dim)
-        twin.rotate_query[(-(-positions // 32), batch * heads * wide)](
-            query, table.matrix, table.sums, turned, aux, scale * math.log2(math.e), heads, group, wide, positions, dim, pad, 32
+        twin.rotate_query[(batch * heads * wide, -(-positions // 32))](
+            query.contiguous(), table.matrix, table.sums, turned, aux, scale * math.log2(math.e), heads, group, wide, positions, dim, pad, 32
         )
         twin.decode_split[(splits, heads, batch)](
             turned, aux, key.words, key.sides, value.words, value.sides, table.groups, table.books, table.value_levels, table.value_books, table.shifts, first, lengths,
@@ -101,7 +101,7 @@ class PagedAttention:
         every = max(16, 1 << (splits - 1).bit_length())
         twin.merge_splits[(batch * heads * group, -(-dim // 32))](out, stat, merged, lse, splits, wide, group, dim, 32, every, min(every, 128))
         stride = table.back.stride(0) if len(table.back) > 1 else 0  # heads may share a rotation
-        twin.unrotate[(-(-dim // 32), batch * heads * group)](merged, table.back, table.mean, output, stride, heads, group, dim, pad, 32)
+        twin.unrotate[(batch * heads * group, -(-dim // 32))](merged, table.back, table.mean, output, stride, heads, group, dim, pad, 32)
         return output, lse
 
 

@@ -101,7 +101,7 @@ def decode_split(
     VALUE_BARE: tl.constexpr, ALIGN: tl.constexpr, AHEAD: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """out [B, H, splits, G, DIM], stat [B, H, splits, 2, G] float32: unnormalized outputs, maxima (base 2) and masses."""
-    split, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    split, head, batch = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     length, visible = tl.load(lengths + batch), tl.load(first_visible + batch)
     low, high = split * tokens_per_split, tl.minimum((split + 1) * tokens_per_split, length)
     row, group = tl.arange(0, ROWS), tl.arange(0, G)
@@ -122,7 +122,7 @@ def decode_split(
     o = (zero,) * (DIM // VTILE)
     for start in range(low, high, 8 * ROWS):
         rows = start // 8 + row
-        page = (rows // 4).to(tl.int64)
+        page = tl.minimum(rows // 4, (high - 1) // 32).to(tl.int64)  # rows behind the last token read its page again, masked below
         token = rows * 8
         key_full = (page * KEY_PAGE)[:, None] + col[None, :]
         key_side = key_sides + page * key_rows * 32 + within * 8
@@ -182,7 +182,7 @@ def rotate_query(
     HEADS: tl.constexpr, GROUP: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, DPAD: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """query [B, H GROUP, D] to stored positions [B, H, ROWS, G], scaled; aux [B, H, 2, G]: query times key mean, sum of the rotated query."""
-    block, place = tl.program_id(0), tl.program_id(1)
+    place, block = tl.program_id(0), tl.program_id(1)
     head, group = place // G % HEADS, place % G
     batch = place // (G * HEADS)
     d, row = tl.arange(0, DPAD), block * TILE + tl.arange(0, TILE)
@@ -221,7 +221,7 @@ def merge_splits(out, stat, merged, lse, splits, G: tl.constexpr, GROUP: tl.cons
 @triton.jit
 def unrotate(merged, matrix, mean, output, head_stride, HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DPAD: tl.constexpr, TILE: tl.constexpr):
     """output [B, H GROUP, D] = merged @ rotation + mean; matrix [H or 1, D, D] transposed (row: channel), mean [H, D]."""
-    block, place = tl.program_id(0), tl.program_id(1)
+    place, block = tl.program_id(0), tl.program_id(1)
     head = place // GROUP % HEADS
     c, d = tl.arange(0, DPAD), block * TILE + tl.arange(0, TILE)
     x = tl.load(merged + place * DIM + c, mask=c < DIM, other=0)
