@@ -195,10 +195,18 @@ def kmeans(x: Tensor, count: int, weights: Tensor | None = None, *, start: str =
 _start = start  # `cluster` has an argument of this name
 
 
+def product(x: Tensor, table: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [n, D] times table [K, D] transposed, plus bias [K]: float32 [n, K], on a CPU.
+
+    MKL, which serves `linear`, keeps to 256-bit registers on AMD processors; oneDNN does not and takes half the time there.
+    """
+    if torch.backends.mkldnn.is_available():
+        return torch.ops.mkldnn._linear_pointwise(x, table, bias, "none", [], "")
+    return linear(x, table, bias)
+
+
 def _nearest(x: Tensor, table: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    # MKL, which serves `linear`, keeps to 256-bit registers on AMD processors; oneDNN does not and takes half the time there.
-    product = torch.ops.mkldnn._linear_pointwise if torch.backends.mkldnn.is_available() else lambda x, weight, *_: linear(x, weight)
-    scores = product(table, x, None, "none", [], "").add_(bias[:, None])  # [K, n]
+    scores = product(table, x).add_(bias[:, None])  # [K, n]
     # A maximum with its index is scalar code in `max` but vector code, over `lanes` channels, in a channels-last pooling.
     lanes = LANES if len(x) % LANES == 0 else len(x)
     columns = scores.view(1, len(table), -1, lanes).permute(0, 3, 1, 2)

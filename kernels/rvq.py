@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from kernels.kmeans import nearest
+from kernels.kmeans import nearest, product
 
-SCORES = 2**21  # partial sums times entries that a beam holds at once on a CPU; a GPU gets 32 times as many
+SCORES = 2**20  # partial sums times entries that a beam holds at once on a CPU; a GPU gets 64 times as many
 
 
 def encode(x: Tensor, codebooks: Tensor, beam: int = 1) -> Tensor:
@@ -22,7 +22,7 @@ def encode(x: Tensor, codebooks: Tensor, beam: int = 1) -> Tensor:
         return _greedy(x.float(), codebooks)
     stages, entries = codebooks.shape[1:3]
     codes = torch.empty(*x.shape[:2], stages, dtype=torch.int64, device=x.device)
-    step = max(1, SCORES * (32 if x.is_cuda else 1) // (x.shape[0] * max(beam * entries, x.shape[2])))
+    step = max(1, SCORES * (64 if x.is_cuda else 1) // (x.shape[0] * max(beam * entries, x.shape[2])))
     for begin in range(0, x.shape[1], step):
         rows = slice(begin, begin + step)
         codes[:, rows] = _beam(x[:, rows].float(), codebooks, beam)
@@ -43,6 +43,8 @@ def decode(codes: Tensor, codebooks: Tensor) -> Tensor:
 def rows_of(codebook: Tensor, codes: Tensor) -> Tensor:
     """Entries [G, N, D] in float32 that codes [G, N] name in one stage's codebook [G, K, D]."""
     groups, entries, width = codebook.shape
+    if codebook.element_size() == 1:
+        codebook = codebook.half()  # exact; indexing of float8 is not everywhere
     flat = codes.long() + torch.arange(groups, device=codes.device)[:, None] * entries
     return codebook.reshape(-1, width).index_select(0, flat.flatten()).view(*codes.shape, width).float()
 
@@ -63,12 +65,20 @@ def _beam(rest: Tensor, codebooks: Tensor, beam: int) -> Tensor:
     codes = torch.empty(groups, n, 1, 0, dtype=torch.int64, device=rest.device)
     for stage in range(codebooks.shape[1]):
         table = codebooks[:, stage].float()
-        bias = table.square().sum(-1)[:, None]
-        change = torch.baddbmm(bias, rest.flatten(1, 2), table.mT, alpha=-2).view(groups, n, -1, entries)
+        change = _change(rest.flatten(1, 2), table).view(groups, n, -1, entries)
         error = (error[..., None] + change).flatten(2)
         error, flat = error.topk(min(beam, error.shape[-1]), -1, largest=False)
         parent, code = flat // entries, flat % entries
         codes = torch.cat([codes.gather(2, parent[..., None].expand(-1, -1, -1, stage)), code[..., None]], -1)
-        rest = rest.gather(2, parent[..., None].expand(-1, -1, -1, width))
-        rest = rest - rows_of(table, code.flatten(1)).view_as(rest)
+        row = parent + torch.arange(groups * n, device=rest.device).view(groups, n, 1) * rest.shape[2]
+        rest = rest.reshape(-1, width).index_select(0, row.flatten()).view(groups, -1, width)
+        rest = rest.sub_(rows_of(table, code.flatten(1))).view(*row.shape, width)
     return codes[:, :, 0]
+
+
+def _change(rest: Tensor, table: Tensor) -> Tensor:
+    # ||rest - entry||^2 - ||rest||^2, [G, N, K]
+    bias = table.square().sum(-1)
+    if rest.is_cuda:
+        return torch.baddbmm(bias[:, None], rest, table.mT, alpha=-2)
+    return torch.stack([product(*group) for group in zip(rest, -2 * table, bias, strict=True)])
