@@ -1,6 +1,6 @@
 """GSRQ (arXiv 2607.01065): pieces x residual stages of gain-shape codebooks over the concatenated KV heads of a token.
 
-Stored bits per value = stages * log2(entries) / piece; codebooks are [pieces, stages, entries, piece] in fp16, per layer and per K/V.
+Stored bits per value = stages * log2(entries) / piece; codebooks are [pieces, stages, entries, piece] in fp16 or fp8, per layer and per K/V.
 """
 
 import math
@@ -17,6 +17,7 @@ from kernels import bitpack, rvq
 from kernels.kmeans import Clustering
 
 PIECE = 128  # one head of the paper's models
+CODEBOOKS = {"float16": torch.float16, "float8": torch.float8_e4m3fn}  # what entries are stored in, in units of a power of two near the data's rms
 LONG_PIECE = {0.375: 256}  # the paper's sub-half-bit point: two neighbouring heads, 12 stages
 GRAD_GROUP = 8  # divides every head dimension in use; gradients are summed to pieces in `gsrq.weights`
 
@@ -30,6 +31,8 @@ class GSRQ(nn.Module):
     cluster: the clustering primitive, called as cluster(x [M, N, D], entries, weights [M, N] or None, generator=...).
     weights: log, raw or none (log and raw need gradients); tau: strength of the log weights. beam: partial sums kept while encoding.
     refine: joint refits of all stages after stage-wise training (`gsrq.refine`, ours; 0 in the paper).
+    codebook: what entries are stored in, float16 (the paper) or float8 (ours: e4m3, half the bytes beside the codes). Rounding happens inside
+    the fit, so every stage absorbs the rounding of the stages before it.
     space: whether keys are coded before ("pre") or after ("post") RoPE. Raises ValueError with the valid choices.
     After :meth:`fit`, `log` holds one dict per stage (rounds, re-seeded entries, relative error, occupancy entropy, per piece).
     """
@@ -48,6 +51,7 @@ class GSRQ(nn.Module):
         tau: float = 1.0,
         beam: int = 1,
         refine: int = 0,
+        codebook: str = "float16",
         space: str = "pre",
         seed: int = 0,
     ):
@@ -60,6 +64,8 @@ class GSRQ(nn.Module):
             raise ValueError(f"beam={beam} must be an integer from 1 (greedy) to 64.")
         if space not in ("pre", "post"):
             raise ValueError(f"space={space!r} is unknown; choose pre or post.")
+        if codebook not in CODEBOOKS:
+            raise ValueError(f"codebook={codebook!r} is unknown; choose {' or '.join(CODEBOOKS)}.")
         if refine < 0 or refine != int(refine):
             raise ValueError(f"refine={refine} must be a whole number of rounds from 0 on.")
         if tau <= 0:
@@ -67,10 +73,10 @@ class GSRQ(nn.Module):
         self.code_bits = entries.bit_length() - 1
         self.piece, self.stages = _shape(float(bits), piece, stages, self.code_bits)
         self.nominal, self.entries, self.cluster, self.weights, self.tau = float(bits), entries, cluster, weights, tau
-        self.beam, self.refine, self.space, self.seed = beam, int(refine), space, seed
+        self.beam, self.refine, self.space, self.seed, self.dtype = beam, int(refine), space, seed, CODEBOOKS[codebook]
         self.grad_group = None if weights == "none" else math.gcd(GRAD_GROUP, self.piece)
         self.log: list[dict[str, list[float]]] = []
-        self.register_buffer("codebooks", None)  # [M, R, K, D] fp16, in units of `scale`
+        self.register_buffer("codebooks", None)  # [M, R, K, D] fp16 or fp8, in units of `scale`
         self.register_buffer("scale", None)  # [] float32, a power of two
         self.register_buffer("heads", None)  # [] int32
         self.register_buffer("inv_freq", None)  # [head_dim / 2] radians per token, for keys that RoPE turns in split halves
@@ -99,7 +105,7 @@ class GSRQ(nn.Module):
 
     @torch.no_grad()
     def fit(self, calibration) -> "GSRQ":
-        """Learn all stages in order, each on the residual that the stored fp16 entries of the earlier ones leave, with the same weights.
+        """Learn all stages in order, each on the residual that the stored entries of the earlier ones leave, with the same weights.
 
         calibration.x [H, N, D] float32; calibration.grads if the weights need them. Raises ValueError for non-finite values or N < K.
         """
@@ -124,7 +130,7 @@ class GSRQ(nn.Module):
         self.log, books = [], []
         for _ in range(stages):
             found = self.cluster(rest, self.entries, weights, generator=generator)
-            books.append(found.entries.half())
+            books.append(_stored(found.entries, self.dtype))
             table = books[-1].float()
             labels = rvq.encode(rest, books[-1][:, None])[..., 0]
             rest -= rvq.rows_of(table, labels)
@@ -138,7 +144,7 @@ class GSRQ(nn.Module):
             )
         self.codebooks = torch.stack(books, 1)
         for _ in range(self.refine):
-            self.codebooks = refit(whole, weights, self.codebooks, self.beam).half()
+            self.codebooks = _stored(refit(whole, weights, self.codebooks, self.beam), self.dtype)
         return self
 
     def adopt(self, finer: dict[str, Tensor]) -> bool:
@@ -257,6 +263,11 @@ def _finite(x: Tensor, what: str) -> None:
 def _power_of_two(size: Tensor) -> Tensor:
     # fp16 entries neither overflow nor lose digits whatever the units of x, and dividing by a power of two is exact.
     return torch.where(size > 0, torch.exp2(torch.log2(size.clamp_min(1e-30)).round()), torch.ones_like(size))
+
+
+def _stored(entries: Tensor, dtype: torch.dtype) -> Tensor:
+    # Past the largest number of fp8, 448 times the data's rms, later stages make up for what is cut.
+    return entries.half() if dtype == torch.float16 else entries.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max).to(dtype)
 
 
 def _entropy(labels: Tensor, entries: int) -> float:

@@ -11,6 +11,7 @@ from gsrq import GSRQ
 from gsrq.gskm import gskm
 from kernels import bitpack, rvq
 from kernels.kmeans import kmeans
+from kvq.quantizer import table_bytes
 
 HEADS, DIM, ENTRIES = 2, 32, 64
 QUICK = functools.partial(gskm, rounds=4)
@@ -159,6 +160,28 @@ def test_beam_codes_no_worse_and_decodes_the_same_way(x):
     assert (narrow.decode(beam) - x).square().mean() < (narrow.decode(greedy) - x).square().mean()
 
 
+def test_eight_bit_codebooks_halve_the_tables_and_are_rounded_inside_the_fit(codec, x):
+    c = calibration()
+    small = make(codebook="float8").fit(c)
+    assert small.codebooks.dtype == torch.float8_e4m3fn and table_bytes([small]) < 0.51 * table_bytes([codec]) and small.bits == codec.bits
+    error = [(each.decode(each.encode(c.x[None]))[0] - c.x).square().mean().item() for each in (codec, small)]
+    assert error[1] < 1.03 * error[0]
+    rest = (c.x.transpose(0, 1).reshape(1200, 2, 32).transpose(0, 1) / small.scale).contiguous()
+    left = rest - rvq.decode(rvq.encode(rest, small.codebooks), small.codebooks)
+    share = left.square().sum((1, 2)) / rest.square().sum((1, 2))
+    torch.testing.assert_close(share, torch.tensor(small.log[-1]["error"]), rtol=1e-4, atol=0)
+    refined = make(codebook="float8", refine=1).fit(c)
+    assert refined.codebooks.dtype == torch.float8_e4m3fn and refined.decode(refined.encode(x)).isfinite().all()
+
+
+def test_eight_bit_entries_that_overflow_are_cut_and_made_up_for():
+    c = calibration()
+    c.x[0, :8] *= 1000  # one vector in 150 carries the energy: beyond 448 times the rms of all
+    codec = make(codebook="float8", bits=1.5).fit(c)
+    back = codec.decode(codec.encode(c.x[None]))[0]
+    assert back.isfinite().all() and (back[0, :8] - c.x[0, :8]).norm() < 0.2 * c.x[0, :8].norm()
+
+
 def test_k_means_is_the_same_class(x):
     codec = make(cluster=functools.partial(kmeans, rounds=4)).fit(calibration())
     assert (codec.decode(codec.encode(x)) - x).square().mean() < 0.8 * x.square().mean()
@@ -196,6 +219,7 @@ def test_narrow_models_are_one_piece():
         ({"bits": 1, "weights": "fisher"}, "log, raw or none"),
         ({"bits": 1, "beam": 0}, "greedy"),
         ({"bits": 1, "space": "both"}, "pre or post"),
+        ({"bits": 1, "codebook": "int4"}, "float16 or float8"),
         ({"bits": 1, "tau": 0.0}, "positive"),
         ({"bits": 1, "piece": 12}, "multiple of"),
         ({"bits": 1, "piece": 64, "stages": 4}, "asks for 8 stages"),
