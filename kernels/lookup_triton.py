@@ -19,6 +19,14 @@ LIMIT = {"num_warps": 4, "maxnreg": 128}  # four programs to a multiprocessor; m
 
 
 @triton.jit
+def _place(head, D: tl.constexpr, PIECE: tl.constexpr):
+    # First piece of a head and the channel of it where the head begins; a product, because the compiler finds no 16-byte alignment in a remainder
+    if PIECE > D:
+        return head // (PIECE // D), head % (PIECE // D) * D
+    return head * (D // PIECE), head * 0
+
+
+@triton.jit
 def _rebuild(
     codes, tables, token, seen, stride_code, stride_token, channel: tl.constexpr,
     PARTS: tl.constexpr, W: tl.constexpr, PIECE: tl.constexpr, R: tl.constexpr, K: tl.constexpr,
@@ -65,11 +73,12 @@ def _attend(
     KEY_W: tl.constexpr = KEY_PIECE if KEY_PIECE < HALF else HALF
     VALUE_W: tl.constexpr = VALUE_PIECE if VALUE_PIECE < D else D
     t, g, f, d = tl.arange(0, BT), tl.arange(0, BG), tl.arange(0, HALF), tl.arange(0, D)
-    channel = head * D
-    key_codes += batch * key_batch + (channel // KEY_PIECE) * KEY_STAGES * key_stride
-    key_tables += (channel // KEY_PIECE).to(tl.int64) * KEY_STAGES * K * KEY_PIECE + channel % KEY_PIECE
-    value_codes += batch * value_batch + (channel // VALUE_PIECE) * VALUE_STAGES * value_stride
-    value_tables += (channel // VALUE_PIECE).to(tl.int64) * VALUE_STAGES * K * VALUE_PIECE + channel % VALUE_PIECE
+    key_first, key_within = _place(head, D, KEY_PIECE)
+    value_first, value_within = _place(head, D, VALUE_PIECE)
+    key_codes += batch * key_batch + key_first * KEY_STAGES * key_stride
+    key_tables += key_first.to(tl.int64) * KEY_STAGES * K * KEY_PIECE + key_within
+    value_codes += batch * value_batch + value_first * VALUE_STAGES * value_stride
+    value_tables += value_first.to(tl.int64) * VALUE_STAGES * K * VALUE_PIECE + value_within
     own = query + (batch * HEADS + head) * GROUP * D + g[:, None] * D + f[None, :]
     low = tl.load(own, mask=g[:, None] < GROUP, other=0.0).to(tl.float32) * scale
     high = tl.load(own + HALF, mask=g[:, None] < GROUP, other=0.0).to(tl.float32) * scale
