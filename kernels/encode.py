@@ -24,6 +24,8 @@ class Encoder:
     def __init__(self, *specs: Spec):
         self.specs = specs
         self._tables: _Tables | None = None
+        # A launch writes sides of one type; streams of different types take one launch each.
+        self._apart = [Encoder(spec) for spec in specs] if len({spec.stored for spec in specs}) > 1 else []
 
     def append(self, held: list[Pages], xs: list[Tensor], starts: Tensor | None = None, counts: Tensor | None = None) -> None:
         """Code xs, [B, H, T, D] for each stream, behind the tokens of `held`, whose pages have room (see `Pages.reserve`).
@@ -33,6 +35,10 @@ class Encoder:
         """
         from kernels import encode_triton as twin
 
+        for encoder, pages, part in zip(self._apart, held, xs):
+            encoder.append([pages], [part], starts, counts)
+        if self._apart:
+            return
         x, spec = xs[0], self.specs[0]
         batch, _, tokens, dim = x.shape
         if starts is None:
@@ -58,7 +64,7 @@ class Encoder:
             starts, counts, *kx.stride()[:3], *vx.stride()[:3], *k.words.stride()[:2], k.sides.stride(0), k.sides.shape[2],
             *v.words.stride()[:2], v.sides.stride(0), v.sides.shape[2],
             spec.heads, table.tiles.shape[1], table.groups.shape[1], dim, k.layout.words, v.layout.words, ks.log8, vs.log8,
-            ks.gain == "least_squares", vs.gain == "least_squares", x.dtype == torch.float16,
+            ks.gain == "least_squares", vs.gain == "least_squares", x.dtype == torch.float16, "tf32x3" if x.dtype == torch.bfloat16 else "ieee",
         )  # fmt: skip
 
     def _reserve(self, held: list[Pages], batch: int, tokens: int, device: torch.device) -> None:

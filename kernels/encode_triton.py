@@ -9,12 +9,15 @@ import triton.language as tl
 
 
 @triton.jit
-def _turned(x, matrix, low, shift, SPLIT: tl.constexpr):
-    """x [32, D] times 16 rows of a float32 rotation. SPLIT: float16 x is exact, the rotation is a sum of two float16 matrices."""
+def _turned(x, matrix, low, shift, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    """x [32, D] times 16 rows of a float32 rotation. SPLIT: float16 x is exact, the rotation is a sum of two float16 matrices.
+
+    PRECISION otherwise: tf32x3 (bfloat16 x is exact in tf32, the rotation becomes a sum) or ieee.
+    """
     if SPLIT:  # noqa: SIM108
         y = tl.dot(x, tl.load(matrix).to(tl.float16)) + tl.dot(x, tl.load(low)) * (1.0 / 4096)
     else:
-        y = tl.dot(x.to(tl.float32), tl.load(matrix), input_precision="ieee")
+        y = tl.dot(x.to(tl.float32), tl.load(matrix), input_precision=PRECISION)
     return y - tl.load(shift)[None, :]
 
 
@@ -23,10 +26,10 @@ def encode_pages(
     keys, values, key_words, key_sides, value_words, value_sides, matrix, low, shift, member, mean, tiles, groups, levels, starts, counts,
     kb, kh, kt, vb, vh, vt, kwb, kwh, ksb, key_rows, vwb, vwh, vsb, value_rows,
     HEADS: tl.constexpr, TILES: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, KEY_PAGE: tl.constexpr, VALUE_PAGE: tl.constexpr,
-    KEY_LOG8: tl.constexpr, VALUE_LOG8: tl.constexpr, KEY_SQUARES: tl.constexpr, VALUE_SQUARES: tl.constexpr, SPLIT: tl.constexpr,
+    KEY_LOG8: tl.constexpr, VALUE_LOG8: tl.constexpr, KEY_SQUARES: tl.constexpr, VALUE_SQUARES: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """keys, values [B, H, T, D] (strides kb.. vt, D contiguous): tokens starts[b] .. starts[b] + counts[b] - 1 of the cache."""
-    head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     is_value = head >= HEADS
     start, count = tl.load(starts + batch), tl.load(counts + batch)
     page = start // 32 + tl.program_id(0)
@@ -64,7 +67,7 @@ def encode_pages(
                     width, first, n, book, here = tl.load(info), tl.load(info + 1), tl.load(info + 2), tl.load(info + 3), tl.load(info + 4)
                     place = (head * TILES + t) * 16
                     at_matrix = (place + col)[None, :] * DIM + d[:, None]
-                    y = _turned(x, matrix + at_matrix, low + at_matrix, shift + place + col, SPLIT)
+                    y = _turned(x, matrix + at_matrix, low + at_matrix, shift + place + col, SPLIT, PRECISION)
                     u = y * up[:, None]
                     code = tl.zeros([32, 16], tl.int32)
                     for i in range(width):  # bisection: the number of thresholds below u

@@ -30,7 +30,7 @@ def draw(seed, *shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_the_encoder_gives_the_codes_of_the_codecs(pair, dtype):
     fused = fuse(*pair)
     ours, theirs = ([fused.held(i) for i in (0, 1)] for _ in range(2))
