@@ -84,7 +84,7 @@ def run(cfg: DictConfig, choices: dict[str, str], wait: bool = True, note=lambda
         if finished(cell):  # by the process that was waited for
             return _again(cell)
         reference = None
-        if not cell.is_reference:
+        if not cell.is_reference and not getattr(_instantiate(cfg.task), "alone", False):  # a task may bring its own fp16
             fp16 = _reference(cfg, choices)
             if not finished(fp16):
                 _samples(cell, *_load(cfg))  # refuse before the long fp16 run
