@@ -35,7 +35,7 @@ class FusedPair:
 
     def attend(self, query: Tensor, key, value, tokens: int, *, scale: float, first: Tensor | None, positions: Tensor | None) -> tuple[Tensor, Tensor]:
         """As `kvq.quantizer.Fused.attend`. Visible tokens stand at consecutive positions, so the last position fixes all."""
-        coded = [Coded(held.codes["codes"][:, 0].mT, tables) for held, tables in zip((key, value), self.tables, strict=True)]
+        coded = [Coded(held.codes["codes"].mT, tables) for held, tables in zip((key, value), self.tables, strict=True)]
         base = None if self.inv_freq is None else (positions[:, tokens - 1] - (tokens - 1)).to(torch.int32)
         output, lse = attend(query, *coded, tokens, scale * self.units[0], self.inv_freq, base, first)
         return output * self.units[1], lse

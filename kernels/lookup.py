@@ -1,7 +1,8 @@
 """One query per sequence against residual codes: attention over keys and values that are sums of table rows.
 
 Keys may be coded before RoPE; they are then rotated to their positions, pair (i, i + D/2) by position * inv_freq[i]. This file defines;
-`kernels.lookup_triton` obeys.
+`kernels.lookup_triton` (one kernel, tables in the second-level cache) and `kernels.lookup_bound_triton` (programs bound to a share of the
+tables that the first level holds) obey, and `KERNEL` chooses.
 """
 
 from typing import NamedTuple
@@ -13,21 +14,28 @@ from kernels import rvq
 from kernels.attention import Part
 from kernels.attention import attend as dense
 
+KERNEL = "tiles"  # tiles or bound; bound has not run on a GPU yet (kernels/NOTES.md)
+
 
 class Coded(NamedTuple):
     """T tokens of one layer's keys or values, all heads; a head's channels are M pieces, or a part of one piece."""
 
-    codes: Tensor  # [B, M * R, T] uint8 in any strides, a piece's stages side by side
-    tables: Tensor  # [M, R, K, D'] of a floating dtype
+    codes: Tensor  # [B, S, M * R / S, T] uint8 in any strides, a piece's stages side by side; S is 1 or the number of heads
+    tables: Tensor  # [M, R, K, D'] of a floating dtype; one table for all pieces has stride 0 over M
+    sizes: Tensor | None = None  # [B, H, T] what the sum of rows of a head and token is multiplied by
+    strided: bool = False  # channel c of a head is column c // n of its piece c % n, n pieces; else pieces are consecutive channels
 
 
 def rebuild(coded: Coded, heads: int, tokens: int) -> Tensor:
     """The first `tokens` tokens, float32 [B, H, T, D]."""
     pieces, stages, _, width = coded.tables.shape
     batch = coded.codes.shape[0]
-    codes = coded.codes[:, :, :tokens].unflatten(1, (pieces, stages)).permute(1, 0, 3, 2)  # [M, B, T, R]
+    codes = coded.codes[..., :tokens].flatten(1, 2).unflatten(1, (pieces, stages)).permute(1, 0, 3, 2)  # [M, B, T, R]
     x = rvq.decode(codes.flatten(1, 2), coded.tables).view(pieces, batch, tokens, width)
-    return x.permute(1, 2, 0, 3).reshape(batch, tokens, heads, -1).transpose(1, 2)
+    x = x.permute(1, 2, 0, 3).reshape(batch, tokens, heads, -1).transpose(1, 2)
+    if coded.strided:
+        x = x.unflatten(-1, (-1, width)).mT.flatten(-2)
+    return x if coded.sizes is None else x * coded.sizes[:, :, :tokens, None].float()
 
 
 def rotate(x: Tensor, inv_freq: Tensor, base: Tensor) -> Tensor:
@@ -46,9 +54,10 @@ def attend(
     inv_freq [D/2] and base [B] (position of token 0, integers): given for keys coded before RoPE. first [B]: first visible token.
     """
     if query.is_cuda:
-        from kernels import lookup_triton
+        from kernels import lookup_bound_triton, lookup_triton
 
-        return lookup_triton.attend(query, keys, values, tokens, scale, inv_freq, base, first)
+        kernel = {"tiles": lookup_triton, "bound": lookup_bound_triton}[KERNEL]
+        return kernel.attend(query, keys, values, tokens, scale, inv_freq, base, first)
     heads = keys.tables.shape[0] * keys.tables.shape[3] // query.shape[2]
     key, value = (rebuild(coded, heads, tokens) for coded in (keys, values))
     if inv_freq is not None:

@@ -7,13 +7,21 @@ from kernels import lookup
 from kernels.attention import attend as dense
 
 triton_lookup = pytest.importorskip("kernels.lookup_triton", exc_type=ModuleNotFoundError)
+from kernels import lookup_bound_triton as bound  # noqa: E402  (needs triton too)
+from kernels.lookup_rows_triton import layout  # noqa: E402
+
+KERNELS = {"tiles": triton_lookup, "bound": bound}
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-CASES = {  # batch, heads, queries per head, D, tokens, key piece and stages, value piece and stages, entries, rotary, hidden tokens
-    "pieces of half a head": (2, 2, 2, 32, 150, 16, 3, 8, 2, 16, True, 0),
-    "pieces over two heads, padding": (1, 2, 4, 32, 70, 64, 2, 32, 3, 256, True, 3),
-    "whole heads, after RoPE": (1, 4, 1, 16, 130, 8, 1, 16, 2, 16, False, 7),
-    "one token": (1, 1, 5, 16, 1, 16, 1, 16, 1, 4, True, 0),
+CASES = {  # batch, heads, queries per head, D, tokens, key piece and stages, value piece and stages, entries, then options of `problem`
+    "pieces of half a head": (2, 2, 2, 32, 150, 16, 3, 8, 2, 16, {}),
+    "pieces over two heads, padding": (1, 2, 4, 32, 70, 64, 2, 32, 3, 256, {"hidden": 3}),
+    "whole heads, after RoPE": (1, 4, 1, 16, 130, 8, 1, 16, 2, 16, {"rotary": False, "hidden": 7}),
+    "one token": (1, 1, 5, 16, 1, 16, 1, 16, 1, 4, {}),
+    "a sliding window: whole tiles hidden, each row its own": (3, 1, 2, 32, 200, 16, 2, 32, 2, 16, {"hidden": 70, "apart": 60}),
+    "eight bits, narrow pieces": (1, 2, 2, 64, 90, 8, 4, 8, 4, 32, {"dtype": torch.float8_e4m3fn}),
+    "one shared table, codes by heads, sizes, strided keys": (2, 2, 2, 32, 100, 16, 2, 8, 3, 16, {"strips": True, "shared": True, "sized": True, "strided": True}),
+    "a table per piece, codes by heads, strided keys over sixteen tokens": (1, 2, 1, 64, 16, 16, 1, 16, 2, 16, {"strips": True, "strided": True}),
 }
 
 
@@ -23,19 +31,29 @@ def poison(monkeypatch):
     monkeypatch.setattr(torch, "empty", lambda *shape, **options: real(*shape, **options).fill_(float("nan")))
 
 
-def problem(batch, heads, group, dim, tokens, key_piece, key_stages, value_piece, value_stages, entries, rotary, hidden, start=5):
+def problem(
+    batch, heads, group, dim, tokens, key_piece, key_stages, value_piece, value_stages, entries,
+    rotary=True, hidden=0, apart=1, start=5, dtype=torch.float16, strips=False, shared=False, sized=False, strided=False,
+):  # fmt: skip
     draw = torch.Generator().manual_seed(tokens)
     query = torch.randn(batch, heads * group, dim, generator=draw)
     coded = []
     for piece, stages in ((key_piece, key_stages), (value_piece, value_stages)):
-        pieces = heads * dim // piece
-        tables = (0.5 * torch.randn(pieces, stages, entries, piece, generator=draw)).half()
-        codes = torch.randint(0, entries, (batch, tokens + 3, pieces * stages), generator=draw, dtype=torch.uint8).mT  # room to grow behind
-        coded.append(lookup.Coded(codes.to(DEVICE), tables.to(DEVICE)))
+        pieces, strip = heads * dim // piece, heads if strips else 1
+        tables = (0.5 * torch.randn(1 if shared else pieces, stages, entries, piece, generator=draw)).to(dtype)
+        codes = torch.randint(0, entries, (batch, strip, tokens + 3, pieces * stages // strip), generator=draw, dtype=torch.uint8).mT  # room to grow behind
+        sizes = (torch.rand(batch, heads, tokens + 3, generator=draw) + 0.5).half().to(DEVICE) if sized else None
+        coded.append(lookup.Coded(codes.to(DEVICE), tables.to(DEVICE).expand(pieces, -1, -1, -1), sizes, strided and not coded))
     inv_freq = 10000.0 ** (-torch.arange(0, dim, 2) / dim) if rotary else None
-    base = torch.full((batch,), start, dtype=torch.int32) if rotary else None
-    first = torch.arange(batch) + hidden if hidden else None
+    base = start + 3 * torch.arange(batch, dtype=torch.int32) if rotary else None
+    first = hidden + apart * torch.arange(batch) if hidden else None
     return query.to(DEVICE), *coded, tokens, 0.2, *(None if x is None else x.to(DEVICE) for x in (inv_freq, base, first))
+
+
+def defined(query, keys, values, *rest):
+    rest = [x.cpu() if isinstance(x, torch.Tensor) else x for x in rest]
+    coded = (lookup.Coded(*(x.cpu() if isinstance(x, torch.Tensor) else x for x in c)) for c in (keys, values))
+    return lookup.attend(query.cpu(), *coded, *rest)
 
 
 def relative(ours, theirs):
@@ -43,14 +61,14 @@ def relative(ours, theirs):
 
 
 def test_definition_is_dense_attention_over_rotated_sums():
-    query, keys, values, tokens, scale, inv_freq, base, first = problem(*CASES["pieces of half a head"])
-    query, keys, values = query.cpu(), *(lookup.Coded(*(x.cpu() for x in c)) for c in (keys, values))
+    query, keys, values, tokens, scale, inv_freq, base, first = problem(*CASES["pieces of half a head"][:-1])
+    query, keys, values = query.cpu(), *(lookup.Coded(c.codes.cpu(), c.tables.cpu()) for c in (keys, values))
     key, value = (lookup.rebuild(c, 2, tokens) for c in (keys, values))
     for head, channel in ((0, 0), (1, 17)):  # one channel by hand: the sum over stages of the rows that the codes name
         piece, column = (head * 32 + channel) // 16, (head * 32 + channel) % 16
-        codes = keys.codes[1, piece * 3 : piece * 3 + 3, 9].long()
+        codes = keys.codes[1, 0, piece * 3 : piece * 3 + 3, 9].long()
         torch.testing.assert_close(key[1, head, 9, channel], sum(keys.tables[piece, r, codes[r], column].float() for r in range(3)))
-    angle = (9 + 5) * inv_freq[3].cpu()
+    angle = (9 + int(base[0])) * inv_freq[3].cpu()
     turned = lookup.rotate(key, inv_freq.cpu(), base.cpu())[0, 1, 9]
     torch.testing.assert_close(turned[3], key[0, 1, 9, 3] * angle.cos() - key[0, 1, 9, 19] * angle.sin())
     ours = lookup.attend(query, keys, values, tokens, scale, inv_freq.cpu(), base.cpu())
@@ -58,27 +76,57 @@ def test_definition_is_dense_attention_over_rotated_sums():
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("share", [64, 512])
+def test_definition_of_strided_pieces_and_sizes():
+    _, keys, *_ = problem(*CASES["one shared table, codes by heads, sizes, strided keys"][:-1], strips=True, shared=True, sized=True, strided=True)
+    codes, tables, sizes = keys.codes.cpu(), keys.tables.cpu().float(), keys.sizes.cpu().float()
+    head, channel, token = 1, 13, 9  # two pieces of 16: channel 13 is column 6 of piece 1
+    named = codes[1, head, 2:4, token].long()
+    value = sum(tables[0, r, named[r], 6] for r in range(2)) * sizes[1, head, token]
+    torch.testing.assert_close(lookup.rebuild(lookup.Coded(codes, keys.tables.cpu(), keys.sizes.cpu(), True), 2, 20)[1, head, token, channel], value)
+
+
+@pytest.fixture(params=["tiles, short shares", "tiles, long shares", "bound, tables fit", "bound, by pieces and stages", "bound, more tables than processors"])
+def kernel(request, monkeypatch):
+    name, _, how = request.param.partition(", ")
+    monkeypatch.setattr(triton_lookup, "SHARE", 64 if how == "short shares" else 512)
+    monkeypatch.setattr(bound, "MULTIPROCESSORS", 3 if how == "more tables than processors" else 7)
+    monkeypatch.setattr(bound, "CACHE", 2**30 if how == "tables fit" else 1024)
+    return KERNELS[name]
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_kernel_obeys_the_definition(case, share, monkeypatch):
-    monkeypatch.setattr(triton_lookup, "SHARE", share)
-    query, keys, values, *rest = problem(*CASES[case])
-    ours = triton_lookup.attend(query, keys, values, *rest)
-    cpu = [x.cpu() if isinstance(x, torch.Tensor) else x for x in rest]
-    theirs = lookup.attend(query.cpu(), *(lookup.Coded(*(x.cpu() for x in c)) for c in (keys, values)), *cpu)
-    for a, b in zip(ours, theirs, strict=True):
+def test_kernels_obey_the_definition(case, kernel):
+    *shape, options = CASES[case]
+    given = problem(*shape, **options)
+    for a, b in zip(kernel.attend(*given), defined(*given), strict=True):
         assert relative(a.cpu(), b) < 2e-3
 
 
-def test_far_positions_keep_their_angle():
-    case = (1, 1, 2, 64, 130, 32, 2, 64, 1, 16, True, 0, 131_000)
-    query, keys, values, *rest = problem(*case)
-    cpu = [x.cpu() if isinstance(x, torch.Tensor) else x for x in rest]
-    theirs = lookup.attend(query.cpu(), *(lookup.Coded(*(x.cpu() for x in c)) for c in (keys, values)), *cpu)
-    assert relative(triton_lookup.attend(query, keys, values, *rest)[0].cpu(), theirs[0]) < 5e-3
+@pytest.mark.parametrize("name", KERNELS)
+def test_far_positions_keep_their_angle(name, monkeypatch):
+    monkeypatch.setattr(bound, "MULTIPROCESSORS", 3)
+    given = problem(1, 1, 2, 64, 130, 32, 2, 64, 1, 16, start=131_000)
+    assert relative(KERNELS[name].attend(*given)[0].cpu(), defined(*given)[0]) < 5e-3
 
 
-def test_a_row_without_visible_tokens_weighs_nothing():
-    query, keys, values, tokens, scale, *_ = problem(2, 1, 2, 16, 20, 16, 1, 16, 1, 4, False, 0)
-    output, lse = triton_lookup.attend(query, keys, values, tokens, scale, None, None, torch.tensor([0, 20], device=DEVICE))
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_row_without_visible_tokens_weighs_nothing(name, monkeypatch):
+    monkeypatch.setattr(bound, "MULTIPROCESSORS", 3)
+    query, keys, values, tokens, scale, *_ = problem(2, 1, 2, 16, 20, 16, 1, 16, 1, 4, rotary=False)
+    output, lse = KERNELS[name].attend(query, keys, values, tokens, scale, None, None, torch.tensor([0, 20], device=DEVICE))
     assert lse[1].isneginf().all() and not output[1].any() and lse[0].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "piece, stages, dtype, share",
+    [
+        (128, 16, torch.float16, (1, 2, 8)), (128, 16, torch.float8_e4m3fn, (1, 4, 4)), (128, 12, torch.float8_e4m3fn, (1, 4, 3)),
+        (64, 8, torch.float16, (1, 2, 4)), (32, 4, torch.float16, (2, 4, 1)), (32, 4, torch.float8_e4m3fn, (1, 4, 1)), (8, 1, torch.float16, (1, 1, 1)),
+    ],
+)  # fmt: skip
+def test_shares_of_the_tables_fit_the_cache(piece, stages, dtype, share):
+    keys = lookup.Coded(torch.zeros(1, 1, 8 * 128 // piece * stages, 1, dtype=torch.uint8), torch.zeros(8 * 128 // piece, stages, 256, piece).to(dtype))
+    rows = layout(keys, 128, True)
+    found = bound.divide(rows, 128, dtype.itemsize, bound.CACHE)
+    assert tuple(found) == share
+    assert found.depth * 256 * 128 // found.slices * dtype.itemsize <= bound.CACHE

@@ -1,0 +1,197 @@
+"""Attention over residual codes by programs that stay with one share of the tables, small enough for the first-level cache.
+
+Obeys `kernels.lookup`. Both products are linear in the stages and in the channels. A program of `_scores` rebuilds keys from a few stages
+(or a few pieces) of one KV head for a long stretch of tokens and writes partial scores; a program of `_values` adds them up, takes the
+softmax, and gathers its share of the value rows for the same stretch. Shares of channels are disjoint, shares of stages are added by the
+merge, stretches of tokens are joined by log-sum-exp. Partial scores are float32, 4 bytes per key share, token and query head.
+Two programs fit a multiprocessor; programs MULTIPROCESSORS apart use the same rows, so that whichever two meet share a cache.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.lookup_rows_triton import Layout, halves, laid, layout, merge, rebuild, rotation, seat, strides, turned
+
+TILE = 64  # tokens rebuilt at once
+FEW = 128  # fewest tokens worth a program of their own
+CACHE = 128 * 1024  # bytes of rows a program keeps returning to; a multiprocessor has 256 KB for them, codes and shared memory
+MULTIPROCESSORS = 132
+TWICE = 2  # programs of a multiprocessor that use the same rows
+LIMIT = {"num_warps": 8, "maxnreg": 128}  # two programs to a multiprocessor
+
+
+class Share(NamedTuple):
+    """How the rows of one head are divided among programs: pieces into `slices`, stages into groups of `depth`."""
+
+    slices: int
+    depth: int
+    groups: int
+
+
+def divide(rows: Layout, dim: int, width: int, budget: int) -> Share:
+    """The fewest shares whose rows take at most `budget` bytes, entries being `width` bytes: by pieces first, which costs nothing twice, then by stages."""
+    slices = 1
+    while rows.R * rows.K * dim // slices * width > budget and slices < rows.PARTS and rows.PARTS * rows.W >= 32 * slices and not rows.SHARED:
+        slices *= 2
+    held = rows.K * (rows.PIECE if rows.SHARED else dim // slices) * width
+    depth = max((d for d in range(1, rows.R + 1) if rows.R % d == 0 and d * held <= budget), default=1)
+    return Share(slices, depth, rows.R // depth)
+
+
+@triton.jit
+def _task(lanes, splits, units, MULTIPROCESSORS: tl.constexpr, TWICE: tl.constexpr):
+    # (table, unit, stretch of tokens) of a program; tables slowest, so that a multiprocessor changes its rows rarely
+    program = tl.program_id(0)
+    wave, within = program // (MULTIPROCESSORS * TWICE), program % (MULTIPROCESSORS * TWICE)
+    lane = wave * MULTIPROCESSORS + within % MULTIPROCESSORS
+    stretch = lane % splits * TWICE + within // MULTIPROCESSORS
+    return lane < lanes, lane // splits // units, lane // splits % units, stretch
+
+
+@triton.jit
+def _scores(
+    query, codes, tables, sizes, turns, offsets, base, out, tokens, share, lanes, splits, batches, scale,
+    stride_batch, stride_strip, stride_code, stride_token, size_batch, size_head, size_token,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
+    KEY_PIECE: tl.constexpr, KEY_R: tl.constexpr, KEY_K: tl.constexpr, KEY_STRIPS: tl.constexpr, KEY_SHARED: tl.constexpr,
+    KEY_PARTS: tl.constexpr, KEY_W: tl.constexpr, KEY_STEP: tl.constexpr, KEY_HIGH: tl.constexpr,
+    SLICES: tl.constexpr, DEPTH: tl.constexpr, GROUPS: tl.constexpr,
+    ROTARY: tl.constexpr, BT: tl.constexpr, BG: tl.constexpr, MULTIPROCESSORS: tl.constexpr, TWICE: tl.constexpr,
+):  # fmt: skip
+    work, table, batch, stretch = _task(lanes, splits, batches, MULTIPROCESSORS, TWICE)
+    if not work:
+        return
+    head, part, group = table // (SLICES * GROUPS), table // GROUPS % SLICES, table % GROUPS
+    HALF: tl.constexpr = D // 2
+    PARTS: tl.constexpr = KEY_PARTS // SLICES
+    WIDE: tl.constexpr = PARTS * KEY_W  # channels of each half
+    t, g, f = tl.arange(0, BT), tl.arange(0, BG), tl.arange(0, WIDE)
+    codes, tables = seat(codes, tables, batch, head, stride_batch, stride_strip, stride_code, D, KEY_PIECE, KEY_R, KEY_K, KEY_STRIPS, KEY_SHARED)
+    ahead = part * (PARTS * KEY_STEP // KEY_PIECE)  # pieces of earlier slices; 0 where a piece is half a head or more, which is never sliced
+    codes += (ahead * KEY_R + group * DEPTH) * stride_code
+    tables += ((0 if KEY_SHARED else ahead * KEY_R) + group * DEPTH) * (KEY_K * KEY_PIECE)
+    row = (batch * HEADS + head) * GROUP
+    f += part * WIDE
+    own = query + (row + g[:, None]) * D + f[None, :]
+    low = tl.load(own, mask=g[:, None] < GROUP, other=0.0).to(tl.float32) * scale
+    high = tl.load(own + HALF, mask=g[:, None] < GROUP, other=0.0).to(tl.float32) * scale
+    if ROTARY:
+        start = tl.load(base + batch)
+        p, i = tl.arange(0, PARTS), tl.arange(0, KEY_W)
+        around = offsets + part * WIDE + t[:, None, None] * HALF + (p * KEY_W)[None, :, None] + i[None, None, :]
+    out += ((part * GROUPS + group).to(tl.int64) * (batches * HEADS * GROUP) + row) * tokens
+    for at in tl.range(stretch * share, tl.minimum(tokens, stretch * share + share), BT, num_stages=1):
+        token = at + t
+        seen = token < tokens
+        k_low = rebuild(codes, tables, token, seen, stride_code, stride_token, 0, PARTS, KEY_W, KEY_STEP, KEY_PIECE, KEY_R, DEPTH, KEY_K, KEY_SHARED)
+        k_high = rebuild(codes, tables, token, seen, stride_code, stride_token, KEY_HIGH, PARTS, KEY_W, KEY_STEP, KEY_PIECE, KEY_R, DEPTH, KEY_K, KEY_SHARED)
+        q_low, q_high = low, high
+        if ROTARY:
+            q_low, q_high = turned(low, high, turns, start + at, BT, f, HALF)
+            cos, sin = tl.load(around), tl.load(around + BT * HALF)
+            k_low, k_high = k_low * cos - k_high * sin, k_high * cos + k_low * sin
+        score = tl.dot(q_low.to(tl.float16), tl.trans(tl.reshape(k_low, [BT, WIDE])))
+        score = tl.dot(q_high.to(tl.float16), tl.trans(tl.reshape(k_high, [BT, WIDE])), score)
+        if sizes is not None:
+            size = tl.load(sizes + batch.to(tl.int64) * size_batch + head * size_head + token * size_token, mask=seen, other=0.0)
+            score *= size.to(tl.float32)[None, :]
+        tl.store(out + g[:, None].to(tl.int64) * tokens + token[None, :], score, mask=(g[:, None] < GROUP) & seen[None, :])
+
+
+@triton.jit
+def _values(
+    scores, codes, tables, sizes, first, out, lse, tokens, share, lanes, splits, batches, stride_batch, stride_strip, stride_code, stride_token,
+    size_batch, size_head, size_token, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, PARTIAL: tl.constexpr,
+    VALUE_PIECE: tl.constexpr, VALUE_R: tl.constexpr, VALUE_K: tl.constexpr, VALUE_STRIPS: tl.constexpr, VALUE_SHARED: tl.constexpr,
+    VALUE_PARTS: tl.constexpr, VALUE_W: tl.constexpr, VALUE_STEP: tl.constexpr, VALUE_HIGH: tl.constexpr,
+    SLICES: tl.constexpr, DEPTH: tl.constexpr, GROUPS: tl.constexpr,
+    RAGGED: tl.constexpr, BT: tl.constexpr, BG: tl.constexpr, MULTIPROCESSORS: tl.constexpr, TWICE: tl.constexpr,
+):  # fmt: skip
+    work, table, batch, stretch = _task(lanes, splits, batches, MULTIPROCESSORS, TWICE)
+    if not work:
+        return
+    head, part, group = table // (SLICES * GROUPS), table // GROUPS % SLICES, table % GROUPS
+    PARTS: tl.constexpr = VALUE_PARTS // SLICES
+    WIDE: tl.constexpr = PARTS * VALUE_W
+    t, g, d = tl.arange(0, BT), tl.arange(0, BG), tl.arange(0, WIDE)
+    codes, tables = seat(codes, tables, batch, head, stride_batch, stride_strip, stride_code, D, VALUE_PIECE, VALUE_R, VALUE_K, VALUE_STRIPS, VALUE_SHARED)
+    ahead = part * (PARTS * VALUE_STEP // VALUE_PIECE)
+    codes += (ahead * VALUE_R + group * DEPTH) * stride_code
+    tables += ((0 if VALUE_SHARED else ahead * VALUE_R) + group * DEPTH) * (VALUE_K * VALUE_PIECE)
+    rows, row = batches * HEADS * GROUP, (batch * HEADS + head) * GROUP
+    own = scores + row.to(tl.int64) * tokens + g[:, None].to(tl.int64) * tokens
+    begin = 0
+    if RAGGED:
+        begin = tl.load(first + batch).to(tl.int32)
+    peak = tl.full([BG], float("-inf"), tl.float32)
+    mass = tl.zeros([BG], tl.float32)
+    total = tl.zeros([BG, WIDE], tl.float32)
+    for at in tl.range(stretch * share, tl.minimum(tokens, stretch * share + share), BT, num_stages=1):
+        token = at + t
+        seen = token < tokens
+        real = (g[:, None] < GROUP) & seen[None, :]
+        score = tl.load(own + token[None, :], mask=real, other=0.0)
+        for share_of_keys in tl.static_range(1, PARTIAL):
+            score += tl.load(own + rows.to(tl.int64) * tokens * share_of_keys + token[None, :], mask=real, other=0.0)
+        score = tl.where((seen & (token >= begin))[None, :], score, float("-inf"))
+        top = tl.maximum(peak, tl.max(score, 1))
+        shift = tl.where(top > float("-inf"), top, 0.0)
+        weight = tl.exp2((score - shift[:, None]) * 1.4426950408889634)
+        fade = tl.exp2((peak - shift) * 1.4426950408889634)
+        mass = mass * fade + tl.sum(weight, 1)
+        if sizes is not None:
+            size = tl.load(sizes + batch.to(tl.int64) * size_batch + head * size_head + token * size_token, mask=seen, other=0.0)
+            weight *= size.to(tl.float32)[None, :]
+        value = rebuild(codes, tables, token, seen, stride_code, stride_token, 0, PARTS, VALUE_W, VALUE_STEP, VALUE_PIECE, VALUE_R, DEPTH, VALUE_K, VALUE_SHARED)
+        total = total * fade[:, None] + tl.dot(weight.to(tl.float16), tl.reshape(value, [BT, WIDE]))
+        peak = top
+    place = stretch.to(tl.int64) * rows + row + g
+    mine = out + (group * (splits * TWICE) * rows.to(tl.int64) + place)[:, None] * D + part * WIDE + d[None, :]
+    tl.store(mine, total / tl.where(mass > 0, mass, 1.0)[:, None], mask=g[:, None] < GROUP)
+    if part + group == 0:
+        tl.store(lse + place, tl.where(mass > 0, peak + tl.log(mass), float("-inf")), mask=g < GROUP)
+
+
+def _lanes(tables: int, batches: int, tokens: int) -> tuple[int, int, int, int]:
+    # (lanes, stretches of tokens per table and sequence in pairs, tokens of a stretch, programs of the grid)
+    units = tables * batches
+    splits = max(1, min(triton.cdiv(tokens, FEW * TWICE), MULTIPROCESSORS // units))
+    share = TILE * triton.cdiv(tokens, TILE * TWICE * splits)
+    return units * splits, splits, share, triton.cdiv(units * splits, MULTIPROCESSORS) * MULTIPROCESSORS * TWICE
+
+
+def attend(
+    query: Tensor, keys, values, tokens: int, scale: float, inv_freq: Tensor | None = None, base: Tensor | None = None, first: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """As :func:`kernels.lookup.attend`; D a power of two from 32 on, pieces that divide D/2 or are multiples of it, values not strided."""
+    batch, queries, dim = query.shape
+    heads = keys.tables.shape[0] * keys.tables.shape[3] // dim
+    group = queries // heads
+    rows = batch * queries
+    key, value = layout(keys, dim, True), layout(values, dim, False)
+    mine, theirs = divide(key, dim, keys.tables.element_size(), CACHE), divide(value, dim, values.tables.element_size(), CACHE)
+    piece = keys.tables.shape[3] if keys.strided else None
+    query = query[..., halves(dim, piece, query.device)] if piece else query.contiguous()
+    turns, offsets = (None, None) if inv_freq is None else rotation(inv_freq, piece, TILE)
+    common = {"HEADS": heads, "GROUP": group, "D": dim, "BT": TILE, "BG": max(16, triton.next_power_of_2(group)),
+              "MULTIPROCESSORS": MULTIPROCESSORS, "TWICE": TWICE, **LIMIT}  # fmt: skip
+    scores = torch.empty(mine.slices * mine.groups, rows, tokens, device=query.device)
+    lanes, splits, share, grid = _lanes(heads * mine.slices * mine.groups, batch, tokens)
+    _scores[grid,](
+        query, keys.codes, keys.tables, keys.sizes, turns, offsets, base, scores, tokens, share, lanes, splits, batch, scale,
+        *keys.codes.stride(), *strides(keys.sizes, 3), **laid("KEY", key), SLICES=mine.slices, DEPTH=mine.depth, GROUPS=mine.groups,
+        ROTARY=inv_freq is not None, **common,
+    )  # fmt: skip
+    lanes, splits, share, grid = _lanes(heads * theirs.slices * theirs.groups, batch, tokens)
+    parts = torch.empty(theirs.groups, splits * TWICE, rows, dim, device=query.device)
+    sums = torch.empty(splits * TWICE, rows, device=query.device)
+    _values[grid,](
+        scores, values.codes, values.tables, values.sizes, first, parts, sums, tokens, share, lanes, splits, batch,
+        *values.codes.stride(), *strides(values.sizes, 3), PARTIAL=len(scores), **laid("VALUE", value),
+        SLICES=theirs.slices, DEPTH=theirs.depth, GROUPS=theirs.groups, RAGGED=first is not None, **common,
+    )  # fmt: skip
+    return merge(parts, sums, torch.empty(batch, queries, dim, device=query.device))

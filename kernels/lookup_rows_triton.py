@@ -1,0 +1,154 @@
+"""What both decode kernels over residual codes share: rebuilding a tile from table rows, turning angles, merging shares of the tokens.
+
+Table rows are read from global memory with plain 16-byte loads, so they live in the first-level cache: no staging through shared
+memory, which `cp.async` would do past that cache. A tile's sum is float16, as the product that follows wants it.
+"""
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def seat(
+    codes, tables, batch, head, stride_batch, stride_strip, stride_code,
+    D: tl.constexpr, PIECE: tl.constexpr, R: tl.constexpr, K: tl.constexpr, STRIPS: tl.constexpr, SHARED: tl.constexpr,
+):  # fmt: skip
+    """Pointers to the first code and the first table row of a head. Its channel in a wide piece is a product: in a remainder the compiler finds no alignment."""
+    if PIECE > D:
+        piece, within = head // (PIECE // D), head % (PIECE // D) * D
+    else:
+        piece, within = head * (D // PIECE), head * 0
+    codes += batch.to(tl.int64) * stride_batch
+    if STRIPS:
+        codes += head.to(tl.int64) * stride_strip
+    else:
+        codes += piece * R * stride_code
+    if SHARED:
+        return codes, tables
+    return codes, tables + (piece.to(tl.int64) * (R * K * PIECE) + within)
+
+
+@triton.jit
+def rebuild(
+    codes, tables, token, seen, stride_code, stride_token, channel: tl.constexpr, PARTS: tl.constexpr, W: tl.constexpr, STEP: tl.constexpr,
+    PIECE: tl.constexpr, R: tl.constexpr, DEPTH: tl.constexpr, K: tl.constexpr, SHARED: tl.constexpr,
+):  # fmt: skip
+    """[tokens, PARTS, W] float16: W channels from `channel` + part * STEP of a head on, the sum of one row for each of the first DEPTH of R stages."""
+    part, i = tl.arange(0, PARTS), tl.arange(0, W)
+    begin = channel + part * STEP
+    piece, column = begin // PIECE, begin % PIECE
+    # A loop that stays a loop keeps the layout of the loads; unrolled whole, every row would pass through shared memory on its way to
+    # the product's layout.
+    total = tl.zeros([token.shape[0], PARTS, W], tl.float16)
+    for stage in tl.range(0, DEPTH, loop_unroll_factor=4 if DEPTH >= 8 else 2, num_stages=1):
+        code = tl.load(codes + (piece * R + stage)[None, :] * stride_code + token[:, None] * stride_token, mask=seen[:, None], other=0).to(tl.int32)
+        if SHARED:
+            row = (stage * K + code) * PIECE
+        else:
+            row = ((piece * R + stage)[None, :] * K + code) * PIECE
+        total += tl.load(tables + row[:, :, None] + column[None, :, None] + i[None, None, :]).to(total.dtype)
+    return total
+
+
+@triton.jit
+def turn(turns):
+    """Cosine and sine of an angle in turns; Taylor series on a quarter turn, errors below 1e-6."""
+    turns -= tl.floor(turns + 0.5)
+    quarter = tl.floor(turns * 4 + 0.5)
+    x = (turns - quarter * 0.25) * 6.283185307179586
+    y = x * x
+    c = 1 + y * (-0.5 + y * (1 / 24 + y * (-1 / 720 + y / 40320)))
+    s = x * (1 + y * (-1 / 6 + y * (1 / 120 + y * (-1 / 5040 + y / 362880))))
+    odd = tl.abs(quarter) == 1
+    cos, sin = tl.where(odd, -s * quarter, c), tl.where(odd, c * quarter, s)
+    flip = tl.abs(quarter) == 2
+    return tl.where(flip, -cos, cos), tl.where(flip, -sin, sin)
+
+
+@triton.jit
+def turned(low, high, turns, position, BT: tl.constexpr, f, HALF: tl.constexpr):
+    """Query halves [queries, channels f] turned back to the first position of a tile of BT tokens; `turns` per token, then per tile."""
+    once, leap = tl.load(turns + f), tl.load(turns + HALF + f)
+    c, s = turn((position // BT).to(tl.float32) * leap + (position % BT).to(tl.float32) * once)
+    return low * c[None, :] + high * s[None, :], high * c[None, :] - low * s[None, :]
+
+
+@triton.jit
+def merge_shares(parts, sums, out, lse, count, rows, D: tl.constexpr, SPLITS: tl.constexpr, GROUPS: tl.constexpr):
+    """One row of `out` [rows, D]: parts [GROUPS, count, rows, D] added over groups of stages and joined over shares by log-sum-exp, sums [count, rows]."""
+    row, split, d = tl.program_id(0).to(tl.int64), tl.arange(0, SPLITS), tl.arange(0, D)
+    each = tl.load(sums + split * rows + row, mask=split < count, other=float("-inf"))
+    top = tl.max(each, 0)
+    weight = tl.exp(each - tl.where(top > float("-inf"), top, 0.0))
+    mass = tl.sum(weight, 0)
+    total = tl.zeros([D], tl.float32)
+    for split in range(count):
+        own = tl.exp(tl.load(sums + split * rows + row) - tl.where(top > float("-inf"), top, 0.0))
+        for group in tl.static_range(GROUPS):
+            total += own * tl.load(parts + ((group * count + split) * rows + row) * D + d)
+    tl.store(out + row * D + d, total / tl.where(mass > 0, mass, 1.0))
+    tl.store(lse + row, tl.where(mass > 0, top + tl.log(mass), float("-inf")))
+
+
+def merge(parts: Tensor, sums: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of `merge_shares`; out [B, Hq, D] is written, the log-sum-exp [B, Hq] is new. All float32."""
+    groups, splits, rows, dim = parts.shape
+    lse = torch.empty(out.shape[:2], device=out.device)
+    merge_shares[rows,](parts, sums, out, lse, splits, rows, D=dim, SPLITS=triton.next_power_of_2(splits), GROUPS=groups, num_warps=1)
+    return out, lse
+
+
+@functools.lru_cache(256)
+def halves(dim: int, piece: int, device: torch.device) -> Tensor:
+    """Channels [dim] in the order of strided pieces (channel c in piece c % (dim / piece)): the pieces' first halves, then their second."""
+    order = torch.arange(dim, device=device).view(2, piece // 2, dim // piece)
+    return order.transpose(1, 2).flatten()
+
+
+@functools.lru_cache(256)
+def rotation(inv_freq: Tensor, piece: int | None, tile: int) -> tuple[Tensor, Tensor]:
+    """Turns per token and per tile [2, D/2], and cosines and sines of a tile's offsets [2, tile, D/2], in the order of `halves` if `piece` is given."""
+    if piece:
+        inv_freq = inv_freq[halves(2 * len(inv_freq), piece, inv_freq.device)[: len(inv_freq)]]
+    once = inv_freq.double() / (2 * torch.pi)
+    angles = torch.arange(tile, device=inv_freq.device)[:, None] * inv_freq.double()
+    return torch.stack([once, (once * tile) % 1]).float(), torch.stack([angles.cos(), angles.sin()]).half()
+
+
+class Layout(NamedTuple):
+    """Compile-time numbers of one tensor's pieces, as `seat` and `rebuild` take them."""
+
+    PIECE: int
+    R: int
+    K: int
+    STRIPS: bool
+    SHARED: bool
+    PARTS: int  # of half a head for keys, of a head for values
+    W: int
+    STEP: int
+    HIGH: int  # channel where the second half begins; unused for values
+
+
+def layout(coded, dim: int, halved: bool) -> Layout:
+    """Layout of `coded` (:class:`kernels.lookup.Coded`) for heads of `dim`; `halved` for keys, whose two halves are rebuilt apart."""
+    _, stages, entries, piece = coded.tables.shape
+    span = dim // 2 if halved else dim
+    kept = piece, stages, entries, coded.codes.shape[1] > 1, coded.tables.shape[0] > 1 and coded.tables.stride(0) == 0
+    if coded.strided:
+        return Layout(*kept, dim // piece, piece // 2, piece, piece // 2)
+    width = min(piece, span)
+    return Layout(*kept, span // width, width, width, span)
+
+
+def laid(prefix: str, layout: Layout) -> dict[str, int]:
+    """`layout` as keyword arguments of a kernel whose names begin with `prefix`."""
+    return {f"{prefix}_{name}": value for name, value in layout._asdict().items()}
+
+
+def strides(x: Tensor | None, count: int) -> tuple[int, ...]:
+    return (0,) * count if x is None else x.stride()
