@@ -11,9 +11,8 @@ from torch import Tensor
 
 from kernels import backend
 from kernels.attention import Part, attend
-from kernels.pages import PAGE, Layout, Pages, Spec
-
-TILE = 16  # channels in one step of a tensor core
+from kernels.pages import PAGE, TILE, Layout, Pages, Spec, stored_values
+from kernels.prefill import attend_pages
 
 
 def fuse(key, value) -> "PagedAttention | None":
@@ -31,15 +30,7 @@ def _uniform(spec: Spec) -> bool:
 
 def reconstruct(spec: Spec, symbols: Tensor, sides: Tensor) -> Tensor:
     """float32 [B, H, T, D] from integer codes [B, H, T, D] and sides [B, R, T], as `Spec` defines them."""
-    if spec.bare:
-        sides = torch.ones(symbols.shape[0], len(spec.segments), symbols.shape[2], device=symbols.device)
-    stored = torch.where(sides == 0, 0.0, torch.exp2((sides.float() - 128) / 8)) if spec.log8 else sides.float()
-    x = torch.empty(symbols.shape, device=symbols.device)
-    for row, seg in enumerate(spec.segments):
-        here = slice(seg.start, seg.start + seg.size)
-        x[:, seg.head, :, here] = spec.levels[symbols[:, seg.head, :, here] + seg.book] * stored[:, row, :, None]
-        if spec.offset:
-            x[:, seg.head, :, here] += stored[:, len(spec.segments) + row, :, None]
+    x = stored_values(spec, symbols, sides)
     x = x if spec.rotation is None else x @ spec.rotation
     return x if spec.mean is None else x + spec.mean[:, None]
 
@@ -63,6 +54,10 @@ class PagedAttention:
         lengths = torch.full((batch,), tokens, dtype=torch.int32, device=device)
         first = torch.zeros_like(lengths) if first is None else first.int()
         return self.launch(query, key, value, lengths, first, tokens, scale)
+
+    def attend_chunk(self, query: Tensor, key: Pages, value: Pages, tokens: int, at: int, *, scale: float, first: Tensor | None = None) -> Part:
+        """As `kernels.prefill.attend_pages`: causal attention of query [B, Hq, C, D], whose first stands at position `at` of the tokens held."""
+        return attend_pages(query, key, value, tokens, at, scale=scale, first=first)
 
     def tables(self, device: torch.device) -> "_Tables":
         if self._tables is None or self._tables.groups.device != device:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 PAGE = 32
+TILE = 16  # stored positions in one step of a tensor core
 _BATCH = 64  # pages packed at a time: the expansion of a page is 32 times its codes
 
 
@@ -64,6 +65,7 @@ class Layout:
         if len(set(used)) != 1:
             raise ValueError(f"Every head must have the same number of code bits, got {used}.")
         self.words, self.bases = used[0], bases
+        self.tiles = _tiles(spec, bases)
         for head in range(spec.heads):
             for seg in (s for s in spec.segments if s.head == head):
                 channels = range(seg.start, seg.start + seg.size)
@@ -100,6 +102,30 @@ class Layout:
         bits = ((words.long()[:, :, :, None] >> self.at) & self.mask) << self.shift
         codes = bits.new_zeros(*bits.shape[:4], self.dim)
         return codes.scatter_add_(4, self.position.expand_as(bits), bits).to(torch.int32)
+
+
+def _tiles(spec: Spec, bases: list[int]) -> Tensor:
+    """int32 [H, tiles, 8]: tiles of at most 16 stored positions: width, first word, channels of the segment, first level, positions, first position, row of sides."""
+    lists = [[] for _ in range(spec.heads)]
+    for row, seg in enumerate(spec.segments):
+        for at in range(0, seg.size, TILE):
+            lists[seg.head].append([seg.width, bases[row] + at, seg.size, seg.book, min(TILE, seg.size - at), seg.start + at, row, 0])
+    most = max(map(len, lists))
+    return torch.tensor([tiles + [[0] * 8] * (most - len(tiles)) for tiles in lists], dtype=torch.int32, device=spec.levels.device)
+
+
+def stored_values(spec: Spec, symbols: Tensor, sides: Tensor) -> Tensor:
+    """gain * level + offset in stored order, float32 [B, H, T, D], from integer codes [B, H, T, D] and sides [B, R, T]."""
+    if spec.bare:
+        sides = torch.ones(symbols.shape[0], len(spec.segments), symbols.shape[2], device=symbols.device)
+    sides = torch.where(sides == 0, 0.0, torch.exp2((sides.float() - 128) / 8)) if spec.log8 else sides.float()
+    x = torch.empty(symbols.shape, device=symbols.device)
+    for row, seg in enumerate(spec.segments):
+        here = slice(seg.start, seg.start + seg.size)
+        x[:, seg.head, :, here] = spec.levels[symbols[:, seg.head, :, here] + seg.book] * sides[:, row, :, None]
+        if spec.offset:
+            x[:, seg.head, :, here] += sides[:, len(spec.segments) + row, :, None]
+    return x
 
 
 def room(*shape: int, device: torch.device) -> Tensor:
@@ -146,11 +172,12 @@ class Pages:
             words[:, :, :held], sides[:, :held] = self.words, self.sides
         self.words, self.sides = words, sides
 
-    def symbols(self) -> tuple[Tensor, Tensor]:
-        """(integer codes [B, H, T, D], sides [B, R, T]) of all tokens."""
-        pages = -(-self.tokens // PAGE)
-        sides = self.sides[:, :pages].transpose(1, 2).flatten(2)[..., : self.tokens]
-        return self.layout.unpack(self.words[:, :, :pages], self.tokens), sides
+    def symbols(self, start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor]:
+        """(integer codes [B, H, T, D], sides [B, R, T]) of tokens start (a multiple of 32) to stop, by default of all."""
+        stop = self.tokens if stop is None else stop
+        pages, count = slice(start // PAGE, -(-stop // PAGE)), stop - start
+        sides = self.sides[:, pages].transpose(1, 2).flatten(2)[..., :count]
+        return self.layout.unpack(self.words[:, :, pages], count), sides
 
     @property
     def codes(self) -> dict[str, Tensor]:
