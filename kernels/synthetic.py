@@ -17,7 +17,7 @@ def draw_widths(heads: int, blocks: int, bits: float, spread: float, generator: 
         energy = 2 ** (2 * spread * torch.randn(blocks, generator=generator))
         width = torch.ones(blocks, dtype=torch.long)
         for _ in range(int(blocks * bits) - blocks):
-            gain = energy * 4.0 ** -width
+            gain = energy * 4.0**-width
             gain[width == 8] = -1
             width[gain.argmax()] += 1
         widths.append(width.tolist())
@@ -58,3 +58,16 @@ def pages(spec: Spec, batch: int, tokens: int, generator: torch.Generator | None
         held.sides = (0.5 + torch.rand(side, generator=generator, device=where)).to(device, torch.float16)
     held.tokens = tokens
     return held
+
+
+def repeat(held: Pages, tokens: int) -> None:
+    """Let `held`, which ends with a whole page, hold `tokens` tokens: its pages over and over, and one page to spare."""
+    begun, count = held.tokens // PAGE, -(-tokens // PAGE)
+    if held.tokens % PAGE:
+        raise ValueError(f"{held.tokens} tokens do not fill their last page of {PAGE}; nothing was repeated.")
+    held.reserve(count + 1, held.words.shape[:2], held.sides[:, 0, :, :0])
+    for start in range(begun, count, begun):
+        here = min(begun, count - start)
+        held.words[:, :, start : start + here] = held.words[:, :, :here]
+        held.sides[:, start : start + here] = held.sides[:, :here]
+    held.tokens = tokens

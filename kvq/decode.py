@@ -18,6 +18,7 @@ from kernels.pages import PAGE, Pages
 from kvq.cache import QuantizedCache
 from kvq.errors import Refusal
 from kvq.layer import Handle, QuantizedLayer
+from kvq.quantizer import code_bytes
 from kvq.stream import Stream
 
 
@@ -113,15 +114,20 @@ class Room:
     def codes(self) -> dict[str, Tensor]:
         return {name: leaf[:, :, : self.progress.tokens + 1] for name, leaf in self.buffers.items()}
 
+    def bytes(self) -> int:
+        """Bytes of the codes of the tokens held, the one being fed and the room left out."""
+        return code_bytes({name: leaf[:, :, : self.progress.tokens] for name, leaf in self.buffers.items()})
+
 
 class CodesStep(StepLayer):
     """Codes as the codec packs them (vector codes), one token each, read by the pair's kernel."""
 
     def __init__(self, layer: QuantizedLayer, progress: Progress):
         super().__init__(layer, progress)
-        self.held = [Room({name: self.room(leaf) for name, leaf in stream.codes.items()}, progress) for stream in layer.streams]
-        for stream in layer.streams:
-            stream.held = None  # taken over
+        self.held = []
+        for stream in layer.streams:  # one at a time, so that no two are held twice
+            stream.held = Room({name: self.room(leaf) for name, leaf in stream.codes.items()}, progress)
+            self.held.append(stream.held)
         self.positions = torch.arange(progress.capacity, device=progress.first.device) - progress.first[:, None]
         self.early = layer.codecs[0].space == "pre"
         self.stretch = self.rope.scaling(self.index) if self.early else 1.0
