@@ -1,9 +1,9 @@
 """Attention over residual codes by programs that stay with one share of the tables, small enough for the first-level cache.
 
 Obeys `kernels.lookup`. Both products are linear in the stages and in the channels. A program of `_scores` rebuilds keys from a few stages
-(or a few pieces) of one KV head for a long stretch of tokens and writes partial scores; a program of `_values` adds them up, takes the
-softmax, and gathers its share of the value rows for the same stretch. Shares of channels are disjoint, shares of stages are added by the
-merge, stretches of tokens are joined by log-sum-exp. Partial scores are float32, 4 bytes per key share, token and query head.
+(or a few pieces) of one KV head for a long stretch of tokens and writes partial scores, `_join` adds them up, and a program of `_values`
+gathers its share of the value rows for a stretch. Shares of channels are disjoint, shares of stages are added by the merge, stretches of
+tokens are joined by log-sum-exp. Partial scores are float32: 4 bytes per key share, token and query head.
 Two programs fit a multiprocessor; programs MULTIPROCESSORS apart use the same rows, so that whichever two meet share a cache.
 """
 
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.lookup_rows_triton import Layout, halves, laid, layout, merge, rebuild, rotation, seat, strides, turned
+from kernels.lookup_rows_triton import Layout, halves, laid, layout, merge, rotation, seat, strides, turn
 
 TILE = 64  # tokens rebuilt at once
 FEW = 128  # fewest tokens worth a program of their own
@@ -22,6 +22,7 @@ CACHE = 128 * 1024  # bytes of rows a program keeps returning to; a multiprocess
 MULTIPROCESSORS = 132
 TWICE = 2  # programs of a multiprocessor that use the same rows
 LIMIT = {"num_warps": 8, "maxnreg": 128}  # two programs to a multiprocessor
+JOINED = 1024  # tokens that a program of `_join` adds up
 
 
 class Share(NamedTuple):
@@ -33,13 +34,52 @@ class Share(NamedTuple):
 
 
 def divide(rows: Layout, dim: int, width: int, budget: int) -> Share:
-    """The fewest shares whose rows take at most `budget` bytes, entries being `width` bytes: by pieces first, which costs nothing twice, then by stages."""
+    """The fewest shares whose rows take at most `budget` bytes, entries being `width` bytes: by pieces first, which does nothing twice, then by stages.
+
+    A share has at most 4 stages, whose codes are one word of at most 4 bytes.
+    """
     slices = 1
     while rows.R * rows.K * dim // slices * width > budget and slices < rows.PARTS and rows.PARTS * rows.W >= 32 * slices and not rows.SHARED:
         slices *= 2
     held = rows.K * (rows.PIECE if rows.SHARED else dim // slices) * width
-    depth = max((d for d in range(1, rows.R + 1) if rows.R % d == 0 and d * held <= budget), default=1)
+    depth = max((d for d in (1, 2, 4) if rows.R % d == 0 and d * held <= budget), default=1)
     return Share(slices, depth, rows.R // depth)
+
+
+@triton.jit
+def _words(
+    codes, token, tokens, stride_code, stride_token, channel: tl.constexpr, PARTS: tl.constexpr, STEP: tl.constexpr,
+    PIECE: tl.constexpr, R: tl.constexpr, DEPTH: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    # Codes of DEPTH stages in the bytes of a word, [tokens, PARTS]; asked for a tile ahead, because they come from memory
+    piece = (channel + tl.arange(0, PARTS) * STEP) // PIECE
+    place = codes + (piece * R)[None, :] * stride_code + token[:, None] * stride_token
+    seen = (token < tokens)[:, None]
+    if PACKED and DEPTH == 4:
+        return tl.load(place.to(tl.pointer_type(tl.int32), bitcast=True), mask=seen, other=0)
+    if PACKED and DEPTH == 2:
+        return tl.load(place.to(tl.pointer_type(tl.int16), bitcast=True), mask=seen, other=0).to(tl.int32)
+    word = tl.zeros([token.shape[0], PARTS], tl.int32)
+    for stage in tl.static_range(DEPTH):
+        word |= tl.load(place + stage * stride_code, mask=seen, other=0).to(tl.int32) << (8 * stage)
+    return word
+
+
+@triton.jit
+def _rebuild(
+    word, tables, channel: tl.constexpr, PARTS: tl.constexpr, W: tl.constexpr, STEP: tl.constexpr,
+    PIECE: tl.constexpr, R: tl.constexpr, DEPTH: tl.constexpr, K: tl.constexpr, SHARED: tl.constexpr,
+):  # fmt: skip
+    # As `kernels.lookup_rows_triton.rebuild`, from words
+    part, i = tl.arange(0, PARTS), tl.arange(0, W)
+    begin = channel + part * STEP
+    row, column = (0 if SHARED else begin // PIECE * R) + part * 0, begin % PIECE
+    inside = tables + (row * (K * PIECE) + column)[None, :, None] + i[None, None, :]
+    total = tl.zeros([word.shape[0], PARTS, W], tl.float16)
+    for stage in tl.range(0, DEPTH, loop_unroll_factor=2 if DEPTH > 2 else 1, num_stages=1):  # stays a loop, see there
+        code = (word >> (8 * stage)) & 255
+        total += tl.load(inside + ((stage * K + code) * PIECE)[:, :, None]).to(total.dtype)
+    return total
 
 
 @triton.jit
@@ -60,7 +100,7 @@ def _scores(
     KEY_PIECE: tl.constexpr, KEY_R: tl.constexpr, KEY_K: tl.constexpr, KEY_STRIPS: tl.constexpr, KEY_SHARED: tl.constexpr,
     KEY_PARTS: tl.constexpr, KEY_W: tl.constexpr, KEY_STEP: tl.constexpr, KEY_HIGH: tl.constexpr,
     SLICES: tl.constexpr, DEPTH: tl.constexpr, GROUPS: tl.constexpr,
-    ROTARY: tl.constexpr, BT: tl.constexpr, BG: tl.constexpr, MULTIPROCESSORS: tl.constexpr, TWICE: tl.constexpr,
+    ROTARY: tl.constexpr, PACKED: tl.constexpr, BT: tl.constexpr, BG: tl.constexpr, MULTIPROCESSORS: tl.constexpr, TWICE: tl.constexpr,
 ):  # fmt: skip
     work, table, batch, stretch = _task(lanes, splits, batches, MULTIPROCESSORS, TWICE)
     if not work:
@@ -71,31 +111,44 @@ def _scores(
     WIDE: tl.constexpr = PARTS * KEY_W  # channels of each half
     t, g, f = tl.arange(0, BT), tl.arange(0, BG), tl.arange(0, WIDE)
     codes, tables = seat(codes, tables, batch, head, stride_batch, stride_strip, stride_code, D, KEY_PIECE, KEY_R, KEY_K, KEY_STRIPS, KEY_SHARED)
-    ahead = part * (PARTS * KEY_STEP // KEY_PIECE)  # pieces of earlier slices; 0 where a piece is half a head or more, which is never sliced
-    codes += (ahead * KEY_R + group * DEPTH) * stride_code
-    tables += ((0 if KEY_SHARED else ahead * KEY_R) + group * DEPTH) * (KEY_K * KEY_PIECE)
+    earlier = part * (PARTS * KEY_STEP // KEY_PIECE)  # pieces of earlier slices; 0 where a piece is half a head or more, which is never sliced
+    codes += (earlier * KEY_R + group * DEPTH) * stride_code
+    tables += ((0 if KEY_SHARED else earlier * KEY_R) + group * DEPTH) * (KEY_K * KEY_PIECE)
     row = (batch * HEADS + head) * GROUP
     f += part * WIDE
     own = query + (row + g[:, None]) * D + f[None, :]
     low = tl.load(own, mask=g[:, None] < GROUP, other=0.0).to(tl.float32) * scale
     high = tl.load(own + HALF, mask=g[:, None] < GROUP, other=0.0).to(tl.float32) * scale
+    at = stretch * share
+    end = tl.minimum(tokens, at + share)
     if ROTARY:
-        start = tl.load(base + batch)
+        # The query is turned back to the first token of each tile, by the same angle from tile to tile: a product instead of sines.
+        start = tl.load(base + batch) + at
+        once, leap = tl.load(turns + f), tl.load(turns + HALF + f)
+        c, s = turn((start // BT).to(tl.float32) * leap + (start % BT).to(tl.float32) * once)
+        low, high = low * c[None, :] + high * s[None, :], high * c[None, :] - low * s[None, :]
+        c, s = turn(leap)
         p, i = tl.arange(0, PARTS), tl.arange(0, KEY_W)
         around = offsets + part * WIDE + t[:, None, None] * HALF + (p * KEY_W)[None, :, None] + i[None, None, :]
+        cos, sin = tl.load(around), tl.load(around + BT * HALF)
     out += ((part * GROUPS + group).to(tl.int64) * (batches * HEADS * GROUP) + row) * tokens
-    for at in tl.range(stretch * share, tl.minimum(tokens, stretch * share + share), BT, num_stages=1):
+    own_low = _words(codes, at + t, end, stride_code, stride_token, 0, PARTS, KEY_STEP, KEY_PIECE, KEY_R, DEPTH, PACKED)
+    own_high = _words(codes, at + t, end, stride_code, stride_token, KEY_HIGH, PARTS, KEY_STEP, KEY_PIECE, KEY_R, DEPTH, PACKED)
+    # Pipelining would stage the gathered rows in shared memory and bypass the first-level cache, where the tables live.
+    for at in tl.range(at, end, BT, num_stages=1):
         token = at + t
-        seen = token < tokens
-        k_low = rebuild(codes, tables, token, seen, stride_code, stride_token, 0, PARTS, KEY_W, KEY_STEP, KEY_PIECE, KEY_R, DEPTH, KEY_K, KEY_SHARED)
-        k_high = rebuild(codes, tables, token, seen, stride_code, stride_token, KEY_HIGH, PARTS, KEY_W, KEY_STEP, KEY_PIECE, KEY_R, DEPTH, KEY_K, KEY_SHARED)
-        q_low, q_high = low, high
+        seen = token < end
+        next_low = _words(codes, token + BT, end, stride_code, stride_token, 0, PARTS, KEY_STEP, KEY_PIECE, KEY_R, DEPTH, PACKED)
+        next_high = _words(codes, token + BT, end, stride_code, stride_token, KEY_HIGH, PARTS, KEY_STEP, KEY_PIECE, KEY_R, DEPTH, PACKED)
+        k_low = _rebuild(own_low, tables, 0, PARTS, KEY_W, KEY_STEP, KEY_PIECE, KEY_R, DEPTH, KEY_K, KEY_SHARED)
+        k_high = _rebuild(own_high, tables, KEY_HIGH, PARTS, KEY_W, KEY_STEP, KEY_PIECE, KEY_R, DEPTH, KEY_K, KEY_SHARED)
+        own_low, own_high = next_low, next_high
         if ROTARY:
-            q_low, q_high = turned(low, high, turns, start + at, BT, f, HALF)
-            cos, sin = tl.load(around), tl.load(around + BT * HALF)
             k_low, k_high = k_low * cos - k_high * sin, k_high * cos + k_low * sin
-        score = tl.dot(q_low.to(tl.float16), tl.trans(tl.reshape(k_low, [BT, WIDE])))
-        score = tl.dot(q_high.to(tl.float16), tl.trans(tl.reshape(k_high, [BT, WIDE])), score)
+        score = tl.dot(low.to(tl.float16), tl.trans(tl.reshape(k_low, [BT, WIDE])))
+        score = tl.dot(high.to(tl.float16), tl.trans(tl.reshape(k_high, [BT, WIDE])), score)
+        if ROTARY:
+            low, high = low * c[None, :] + high * s[None, :], high * c[None, :] - low * s[None, :]
         if sizes is not None:
             size = tl.load(sizes + batch.to(tl.int64) * size_batch + head * size_head + token * size_token, mask=seen, other=0.0)
             score *= size.to(tl.float32)[None, :]
@@ -103,13 +156,27 @@ def _scores(
 
 
 @triton.jit
+def _join(scores, first, peaks, tokens, rows, queries, PARTIAL: tl.constexpr, RAGGED: tl.constexpr, BT: tl.constexpr):
+    # Partial scores added up into the first, -inf where a token is not visible; the largest of a row goes to `peaks`
+    row, token = tl.program_id(0), tl.program_id(1) * BT + tl.arange(0, BT)
+    own = scores + row.to(tl.int64) * tokens + token
+    score = tl.load(own, mask=token < tokens, other=float("-inf"))
+    for share in tl.static_range(1, PARTIAL):
+        score += tl.load(own + rows.to(tl.int64) * tokens * share, mask=token < tokens, other=0.0)
+    if RAGGED:
+        score = tl.where(token >= tl.load(first + row // queries), score, float("-inf"))
+    tl.store(own, score, mask=token < tokens)
+    tl.atomic_max(peaks + row, tl.max(score, 0))
+
+
+@triton.jit
 def _values(
-    scores, codes, tables, sizes, first, out, lse, tokens, share, lanes, splits, batches, stride_batch, stride_strip, stride_code, stride_token,
-    size_batch, size_head, size_token, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, PARTIAL: tl.constexpr,
+    scores, peaks, codes, tables, sizes, out, lse, tokens, share, lanes, splits, batches, stride_batch, stride_strip, stride_code, stride_token,
+    size_batch, size_head, size_token, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
     VALUE_PIECE: tl.constexpr, VALUE_R: tl.constexpr, VALUE_K: tl.constexpr, VALUE_STRIPS: tl.constexpr, VALUE_SHARED: tl.constexpr,
     VALUE_PARTS: tl.constexpr, VALUE_W: tl.constexpr, VALUE_STEP: tl.constexpr, VALUE_HIGH: tl.constexpr,
     SLICES: tl.constexpr, DEPTH: tl.constexpr, GROUPS: tl.constexpr,
-    RAGGED: tl.constexpr, BT: tl.constexpr, BG: tl.constexpr, MULTIPROCESSORS: tl.constexpr, TWICE: tl.constexpr,
+    PACKED: tl.constexpr, BT: tl.constexpr, BG: tl.constexpr, MULTIPROCESSORS: tl.constexpr, TWICE: tl.constexpr,
 ):  # fmt: skip
     work, table, batch, stretch = _task(lanes, splits, batches, MULTIPROCESSORS, TWICE)
     if not work:
@@ -119,36 +186,34 @@ def _values(
     WIDE: tl.constexpr = PARTS * VALUE_W
     t, g, d = tl.arange(0, BT), tl.arange(0, BG), tl.arange(0, WIDE)
     codes, tables = seat(codes, tables, batch, head, stride_batch, stride_strip, stride_code, D, VALUE_PIECE, VALUE_R, VALUE_K, VALUE_STRIPS, VALUE_SHARED)
-    ahead = part * (PARTS * VALUE_STEP // VALUE_PIECE)
-    codes += (ahead * VALUE_R + group * DEPTH) * stride_code
-    tables += ((0 if VALUE_SHARED else ahead * VALUE_R) + group * DEPTH) * (VALUE_K * VALUE_PIECE)
+    earlier = part * (PARTS * VALUE_STEP // VALUE_PIECE)
+    codes += (earlier * VALUE_R + group * DEPTH) * stride_code
+    tables += ((0 if VALUE_SHARED else earlier * VALUE_R) + group * DEPTH) * (VALUE_K * VALUE_PIECE)
     rows, row = batches * HEADS * GROUP, (batch * HEADS + head) * GROUP
-    own = scores + row.to(tl.int64) * tokens + g[:, None].to(tl.int64) * tokens
-    begin = 0
-    if RAGGED:
-        begin = tl.load(first + batch).to(tl.int32)
-    peak = tl.full([BG], float("-inf"), tl.float32)
-    mass = tl.zeros([BG], tl.float32)
+    own = scores + (row + g[:, None]).to(tl.int64) * tokens
+    peak = tl.load(peaks + row + g, mask=g < GROUP, other=0.0)
+    peak = tl.where(peak > float("-inf"), peak, 0.0)
+    heavy = tl.zeros([BG, BT], tl.float32)
     total = tl.zeros([BG, WIDE], tl.float32)
-    for at in tl.range(stretch * share, tl.minimum(tokens, stretch * share + share), BT, num_stages=1):
+    at = stretch * share
+    end = tl.minimum(tokens, at + share)
+    real = g[:, None] < GROUP
+    word = _words(codes, at + t, end, stride_code, stride_token, 0, PARTS, VALUE_STEP, VALUE_PIECE, VALUE_R, DEPTH, PACKED)
+    score = tl.load(own + (at + t)[None, :], mask=real & (at + t < end)[None, :], other=float("-inf"))
+    for at in tl.range(at, end, BT, num_stages=1):
         token = at + t
-        seen = token < tokens
-        real = (g[:, None] < GROUP) & seen[None, :]
-        score = tl.load(own + token[None, :], mask=real, other=0.0)
-        for share_of_keys in tl.static_range(1, PARTIAL):
-            score += tl.load(own + rows.to(tl.int64) * tokens * share_of_keys + token[None, :], mask=real, other=0.0)
-        score = tl.where((seen & (token >= begin))[None, :], score, float("-inf"))
-        top = tl.maximum(peak, tl.max(score, 1))
-        shift = tl.where(top > float("-inf"), top, 0.0)
-        weight = tl.exp2((score - shift[:, None]) * 1.4426950408889634)
-        fade = tl.exp2((peak - shift) * 1.4426950408889634)
-        mass = mass * fade + tl.sum(weight, 1)
+        ahead = token + BT
+        next_word = _words(codes, ahead, end, stride_code, stride_token, 0, PARTS, VALUE_STEP, VALUE_PIECE, VALUE_R, DEPTH, PACKED)
+        next_score = tl.load(own + ahead[None, :], mask=real & (ahead < end)[None, :], other=float("-inf"))
+        weight = tl.exp2((score - peak[:, None]) * 1.4426950408889634)
+        heavy += weight
         if sizes is not None:
-            size = tl.load(sizes + batch.to(tl.int64) * size_batch + head * size_head + token * size_token, mask=seen, other=0.0)
+            size = tl.load(sizes + batch.to(tl.int64) * size_batch + head * size_head + token * size_token, mask=token < end, other=0.0)
             weight *= size.to(tl.float32)[None, :]
-        value = rebuild(codes, tables, token, seen, stride_code, stride_token, 0, PARTS, VALUE_W, VALUE_STEP, VALUE_PIECE, VALUE_R, DEPTH, VALUE_K, VALUE_SHARED)
-        total = total * fade[:, None] + tl.dot(weight.to(tl.float16), tl.reshape(value, [BT, WIDE]))
-        peak = top
+        value = _rebuild(word, tables, 0, PARTS, VALUE_W, VALUE_STEP, VALUE_PIECE, VALUE_R, DEPTH, VALUE_K, VALUE_SHARED)
+        total = tl.dot(weight.to(tl.float16), tl.reshape(value, [BT, WIDE]), total)
+        word, score = next_word, next_score
+    mass = tl.sum(heavy, 1)
     place = stretch.to(tl.int64) * rows + row + g
     mine = out + (group * (splits * TWICE) * rows.to(tl.int64) + place)[:, None] * D + part * WIDE + d[None, :]
     tl.store(mine, total / tl.where(mass > 0, mass, 1.0)[:, None], mask=g[:, None] < GROUP)
@@ -162,6 +227,11 @@ def _lanes(tables: int, batches: int, tokens: int) -> tuple[int, int, int, int]:
     splits = max(1, min(triton.cdiv(tokens, FEW * TWICE), MULTIPROCESSORS // units))
     share = TILE * triton.cdiv(tokens, TILE * TWICE * splits)
     return units * splits, splits, share, triton.cdiv(units * splits, MULTIPROCESSORS) * MULTIPROCESSORS * TWICE
+
+
+def _packed(codes: Tensor) -> bool:
+    # Whether the codes of a token lie side by side, so that those of a share of stages can be read as one word
+    return codes.stride(2) == 1 and codes.data_ptr() % 4 == 0
 
 
 def attend(
@@ -184,14 +254,16 @@ def attend(
     _scores[grid,](
         query, keys.codes, keys.tables, keys.sizes, turns, offsets, base, scores, tokens, share, lanes, splits, batch, scale,
         *keys.codes.stride(), *strides(keys.sizes, 3), **laid("KEY", key), SLICES=mine.slices, DEPTH=mine.depth, GROUPS=mine.groups,
-        ROTARY=inv_freq is not None, **common,
+        ROTARY=inv_freq is not None, PACKED=_packed(keys.codes), **common,
     )  # fmt: skip
+    peaks = torch.full((rows,), float("-inf"), device=query.device)
+    _join[rows, triton.cdiv(tokens, JOINED)](scores, first, peaks, tokens, rows, queries, PARTIAL=len(scores), RAGGED=first is not None, BT=JOINED)
     lanes, splits, share, grid = _lanes(heads * theirs.slices * theirs.groups, batch, tokens)
     parts = torch.empty(theirs.groups, splits * TWICE, rows, dim, device=query.device)
     sums = torch.empty(splits * TWICE, rows, device=query.device)
     _values[grid,](
-        scores, values.codes, values.tables, values.sizes, first, parts, sums, tokens, share, lanes, splits, batch,
-        *values.codes.stride(), *strides(values.sizes, 3), PARTIAL=len(scores), **laid("VALUE", value),
-        SLICES=theirs.slices, DEPTH=theirs.depth, GROUPS=theirs.groups, RAGGED=first is not None, **common,
+        scores, peaks, values.codes, values.tables, values.sizes, parts, sums, tokens, share, lanes, splits, batch,
+        *values.codes.stride(), *strides(values.sizes, 3), **laid("VALUE", value), SLICES=theirs.slices,
+        DEPTH=theirs.depth, GROUPS=theirs.groups, PACKED=_packed(values.codes), **common,
     )  # fmt: skip
     return merge(parts, sums, torch.empty(batch, queries, dim, device=query.device))
