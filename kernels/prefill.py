@@ -14,6 +14,7 @@ from kernels.attention import Part, merge
 from kernels.pages import Pages, stored_values
 
 SCRATCH = 64 << 20  # bytes of rebuilt keys and values at a time
+ROWS = 256  # queries whose scores the definition holds at a time
 BLOCK = 64  # tokens of a step of the kernel: spans are whole multiples
 
 
@@ -25,6 +26,9 @@ def attend_chunk(query: Tensor, key: Tensor, value: Tensor, scale: float, at: in
     """
     if backend.use_triton(query):
         return _launch(query, key, value, scale, at, first, window)
+    if query.shape[2] > ROWS:
+        parts = [attend_chunk(part, key, value, scale, at + i * ROWS, first, window) for i, part in enumerate(query.split(ROWS, 2))]
+        return tuple(torch.cat(x, 2) for x in zip(*parts))
     batch, heads, tokens, dim = key.shape
     grouped = query.float().unflatten(1, (heads, -1)) * scale
     score = grouped @ key.float().mT[:, :, None]  # [B, H, G, C, T]

@@ -104,4 +104,4 @@ def attend_rows(
     o, top, mass = _steps(q, keys, values, full_low, full_high, here, tokens, visible, window, scale, o, top, mass, False, DIM, DPAD, STEP)
     o, top, mass = _steps(q, keys, values, full_high, stop, here, tokens, visible, window, scale, o, top, mass, True, DIM, DPAD, STEP)
     tl.store(output + address, o / tl.where(mass == 0, 1.0, mass)[:, None], mask=inside)
-    tl.store(lse + place * chunk + row, tl.where(mass == 0, float("-inf"), (top * scale + tl.log2(mass)) * 0.6931471805599453), mask=row < chunk)
+    tl.store(lse + place * chunk + row, tl.where(mass == 0, float("-inf"), (top * scale + tl.log2(tl.where(mass == 0, 1.0, mass))) * 0.6931471805599453), mask=row < chunk)

@@ -34,8 +34,11 @@ def attention(module, query, key, value, attention_mask, *, scaling=None, dropou
         for name, given in kwargs.items():
             if given is not None and name not in IGNORED_KEYWORDS:
                 raise Refusal(f"The attention keyword '{name}' of {type(module).__name__} is not supported with a quantized cache.")
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         if key.layer.reads_codes(query):
-            return key.layer.decode(query, position_ids, query.shape[-1] ** -0.5 if scaling is None else scaling), None
+            return key.layer.decode(query, position_ids, scale), None
+        if key.layer.reads_chunks():
+            return key.layer.attend_chunk(query, attention_mask, scale), None
         key, value = key.layer.attend(query, attention_mask, position_ids)
     return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
 
@@ -49,8 +52,8 @@ class QuantizedCache(Cache):
 
     codecs: one (key codec, value codec) pair per decoder layer. `prefill="quantized"` lets the prompt see reconstructed keys and
     values, its own included; `"exact"` attends in full precision while more than one query arrives (KIVI's protocol) and stores codes.
-    attention: `"reference"` reconstructs and calls SDPA; `"fused"` reads packed codes with the pair's kernel when one query arrives, and
-    raises Refusal where there is none; `"auto"` is the reference until the kernels have passed their tests on a GPU.
+    attention: `"reference"` reconstructs and calls SDPA; `"fused"` reads packed codes with the pair's kernel when one query arrives (a
+    chunk as well, where the kernel serves chunks) and raises Refusal where there is none; `"auto"` is the reference until the kernels have passed their tests on a GPU.
     """
 
     def __init__(self, config, codecs, rope=None, *, sink: int = 0, window: int = 0, prefill: str = "quantized", memo: bool = True, attention: str = "reference"):

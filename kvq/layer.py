@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import DynamicLayer
 
 from kernels.attention import attend, merge
+from kernels.prefill import attend_chunk
 from kvq.errors import Refusal
 from kvq.stream import RaggedStream, Stream
 
@@ -98,6 +99,38 @@ class QuantizedLayer(DynamicLayer):
         if key.length > common:
             rest = None if first is None else (first - common).clamp_min(0)
             parts.append(attend(query, key.beside(common), value.beside(common), scale, rest))
+        return merge(parts)[0]
+
+    def reads_chunks(self) -> bool:
+        """Whether `attend_chunk` serves prompts. Where they are attended in full precision, or keys are coded before RoPE, none does."""
+        return self.prefill == "quantized" and hasattr(self.fused, "attend_chunk")
+
+    def attend_chunk(self, query: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        """Encode the pending keys and values and attend with their queries [B, Hq, C, D], codes read as they lie; [B, C, Hq, D]."""
+        key, value = self._pending
+        self._pending = None
+        if not self.streams:
+            self._open(key, value, mask)
+        for stream, x in zip(self.streams, (key, value)):
+            stream.append(x)
+        if isinstance(self.streams[0], RaggedStream):
+            rows = zip(query.split(1), *(stream.rows for stream in self.streams))
+            output = torch.cat([self._chunk(q, *pair, None, scale) for q, *pair in rows])
+        else:
+            first = torch.tensor(self.pads, device=query.device) if any(self.pads) else None
+            output = self._chunk(query, *self.streams, first, scale)
+        return output.transpose(1, 2).to(query.dtype)
+
+    def _chunk(self, query: Tensor, key: Stream, value: Stream, first: Tensor | None, scale: float) -> Tensor:
+        common, sink = min(key.encoded, value.encoded), key.head.shape[2]
+        at, parts = key.length - query.shape[2], []
+        held = [stream.beside(common) for stream in (key, value)]
+        for start, part in ((0, [x[:, :, :sink] for x in held]), (sink + common, [x[:, :, sink:] for x in held])):
+            if part[0].shape[2]:
+                parts.append(attend_chunk(query, *part, scale, at - start, None if first is None else first - start))
+        if common:
+            where = None if first is None else first - sink
+            parts.append(self.fused.attend_chunk(query, key.held, value.held, common, at - sink, scale=scale, first=where))
         return merge(parts)[0]
 
     def _store(self, key: Tensor, value: Tensor, positions: Tensor | None, queries: int) -> tuple[Tensor, Tensor]:
