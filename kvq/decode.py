@@ -18,7 +18,6 @@ from kernels.pages import PAGE, Pages
 from kvq.cache import QuantizedCache
 from kvq.errors import Refusal
 from kvq.layer import Handle, QuantizedLayer
-from kvq.quantizer import code_bytes
 from kvq.stream import Stream
 
 
@@ -113,10 +112,6 @@ class Room:
     @property
     def codes(self) -> dict[str, Tensor]:
         return {name: leaf[:, :, : self.progress.tokens + 1] for name, leaf in self.buffers.items()}
-
-    def bytes(self) -> int:
-        """Bytes of the codes of the tokens held, the one being fed and the room left out."""
-        return code_bytes({name: leaf[:, :, : self.progress.tokens] for name, leaf in self.buffers.items()})
 
 
 class CodesStep(StepLayer):

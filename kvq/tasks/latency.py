@@ -14,8 +14,7 @@ prefill_ms                  one row: a prompt of the example's tokens (at most `
 encode_tokens_per_second    one row: keys and values of all layers, appended behind a few tokens
 check/difference            the kernels' attention against decoded keys and values, at the example's length; beyond 1e-2 there is no time
 failed/<part>               1 where a part could not be measured; the record says why
-
-Break-even lengths are derived from the examples of one batch: the cached tokens from which a step is faster than the fastest fp16.
+shape/break_even_tokens     derived from the examples of one batch: the cached tokens from which a step is faster than the fastest fp16
 """
 
 import contextlib
@@ -112,23 +111,24 @@ class Latency:
             yield {"id": example.id, "subset": example.subset, "metrics": metrics, "reasons": reasons}
 
     def derived(self, records: list[dict]) -> list[dict]:
-        """break_even_tokens per batch, linear between the two measured lengths around it; the shortest measured one is a bound, no row means never."""
-        lines: dict[str, list[tuple[float, float]]] = {}
+        """break_even_tokens per batch, at the first length from which all are faster: linear between the measured lengths around it.
+
+        Where the shortest is already faster it is a bound; no row means never.
+        """
+        lines: dict[str, list[tuple[float, float, str]]] = {}
         for record in records:
-            batch, _, how = record["subset"].split(" ", 2)
-            m = record["metrics"]
+            batch, m = record["subset"].split()[0], record["metrics"]
             if batch.startswith("b") and "speedup" in m:
-                lines.setdefault(f"{batch} {how}", []).append((m["shape/tokens"], m["step_ms"] * (m["speedup"] - 1)))
+                lines.setdefault(batch, []).append((m["shape/tokens"], m["step_ms"] * (m["speedup"] - 1), record["subset"]))
         rows = []
-        for subset, points in lines.items():
-            points = sorted(points)
-            at = next((i for i in range(len(points)) if all(gain > 0 for _, gain in points[i:])), None)
+        for points in map(sorted, lines.values()):
+            at = next((i for i in range(len(points)) if all(gain > 0 for _, gain, _ in points[i:])), None)
             if at is not None:
-                tokens, gain = points[at]
+                tokens, gain, subset = points[at]
                 if at:
-                    before, loss = points[at - 1]
+                    before, loss, _ = points[at - 1]
                     tokens = before + (tokens - before) * loss / (loss - gain)
-                rows.append({"subset": subset, "metric": "break_even_tokens", "value": tokens, "stderr": 0.0, "n": len(points)})
+                rows.append({"subset": subset, "metric": "shape/break_even_tokens", "value": tokens, "stderr": 0.0, "n": len(points)})
         return rows
 
     def _parts(self, lm, rows: int, tokens: int, plain_rows: int, rate: float) -> dict[str, Callable[[], dict]]:
@@ -146,6 +146,9 @@ class Latency:
 
     def _step(self, lm, rows: int, tokens: int, rate: float) -> dict[str, float]:
         cache, ids = fill.coded(lm, rows, tokens), fill.random_ids(lm, rows, 1)
+        held = cache.audit()
+        for name, amount in {**held, "table_bytes": lm.table_bytes * rows}.items():
+            lm.book(name, amount)
         found = {}
         if lm.options["attention"] == "fused":
             found["check/difference"] = _checked(difference(lm, cache), "the kernels' attention differs from its definition")
@@ -153,9 +156,6 @@ class Latency:
         else:
             positions = lambda: torch.full_like(ids, cache.get_seq_length())  # noqa: E731
             times, peak = self._clock(lm, lambda: lm.model(ids, position_ids=positions(), past_key_values=cache, use_cache=True)), 0
-        held = cache.audit()
-        for name, amount in {**held, "table_bytes": lm.table_bytes * rows}.items():
-            lm.book(name, amount)
         size = held["code_bytes"] + held["exact_bytes"] + lm.table_bytes
         weights = sum(p.numel() * p.element_size() for p in lm.model.parameters())
         embedding, head = lm.model.get_input_embeddings().weight, lm.model.get_output_embeddings().weight

@@ -101,7 +101,7 @@ def test_break_even_lies_between_the_lengths_around_it():
 
     task = latency.Latency(**options())
     (row,) = task.derived([record(1000, 4.0, 2.0), record(3000, 4.0, 6.0), record(9000, 5.0, 18.0), record(10, 5.0, 1.0, "b8")])
-    assert row["subset"] == "b1 graph kernels" and row["value"] == pytest.approx(2000) and row["n"] == 3
+    assert row["subset"] == "b1 t3000 graph kernels" and row["value"] == pytest.approx(2000) and row["n"] == 3
     assert task.derived([record(1000, 1.0, 2.0), record(2000, 1.0, 2.0)])[0]["value"] == 1000, "a bound"
     assert not task.derived([record(1000, 2.0, 1.0), record(2000, 3.0, 1.0)])
 
