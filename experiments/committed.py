@@ -2,12 +2,15 @@
 
 import functools
 import json
+import logging
 from pathlib import Path
 
 import pandas as pd
 
 from experiments import choice
 from kvq import results as store
+
+log = logging.getLogger(__name__)
 
 
 @functools.lru_cache(maxsize=4)
@@ -48,22 +51,47 @@ def option(rows: pd.DataFrame, key: str, default=None) -> pd.Series:
 def one_setting(rows: pd.DataFrame) -> pd.DataFrame:
     """Of each task the rows of one size: those with the task and calibration options that most runs have, fp16 rows of that task size beside them.
 
-    Runs of another size would be compared on other examples or codebooks; they stay in results/ and out of the figure.
+    Runs of another size would be compared on other examples or codebooks; they stay in results/ and out of the figure, and a line says so.
     """
     if rows.empty:
         return rows
     kept = []
-    for _, part in rows.groupby("task"):
-        task, calib = (part["options"].map(lambda o, k=k: json.dumps(_size(o, k), sort_keys=True)) for k in ("task", "calib"))
+    for name, part in rows.groupby("task"):
+        task, calib = _options(part, "task"), _options(part, "calib")
         runs = part.assign(_task=task, _calib=calib).drop_duplicates("run")
         runs = runs[runs["quant"] != "fp16"] if (runs["quant"] != "fp16").any() else runs
         best_task, best_calib = runs.groupby(["_task", "_calib"]).size().idxmax()
-        kept.append(part[(task == best_task) & ((calib == best_calib) | (part["calib"] == "none"))])
+        same = (task == best_task) & ((calib == best_calib) | (part["calib"] == "none"))
+        if not same.all():
+            others = sorted({_difference(best_task, t) + _difference(best_calib, c, "calib.") for t, c in zip(task[~same], calib[~same])})
+            log.warning("%s: %d runs of another size stay out: %s", name, part[~same]["run"].nunique(), "; ".join(" ".join(o) for o in others))
+        kept.append(part[same])
     return pd.concat(kept)
 
 
-def _size(options: dict, group: str) -> dict:
-    return {k: v for k, v in options[group].items() if k not in ("batch_size", "memory_gb", "chunk", "train")}
+def one_calibration(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows of the calibration under which most cells (task, method, bits) were run, and those that depend on none."""
+    free = rows["calib"] == "none"
+    if free.all():
+        return rows
+    calib = _options(rows, "calib")
+    cells = rows[~free].assign(_calib=calib[~free]).drop_duplicates(["_calib", "task", "quant", "bits"])
+    return rows[free | (calib == cells.groupby("_calib").size().idxmax())]
+
+
+def calibration(rows: pd.DataFrame) -> pd.Series:
+    """The calibration text of each row in words."""
+    words = rows["options"].map(lambda o: f"{o['calib']['samples']} x {o['calib']['length']:,} tokens of {o['calib']['source']}")
+    return words.where(rows["calib"] != "none", "none")
+
+
+def _options(rows: pd.DataFrame, group: str) -> pd.Series:
+    return rows["options"].map(lambda o: json.dumps({k: v for k, v in o[group].items() if k not in ("batch_size", "memory_gb", "chunk", "train")}, sort_keys=True))
+
+
+def _difference(kept: str, other: str, prefix: str = "") -> tuple[str, ...]:
+    mine, theirs = json.loads(kept), json.loads(other)
+    return tuple(f"{prefix}{k}={theirs.get(k)} (here {mine.get(k)})" for k in sorted({*mine, *theirs}) if mine.get(k) != theirs.get(k))
 
 
 def shipped(rows: pd.DataFrame, allowed: tuple[str, ...] = ()) -> pd.DataFrame:

@@ -5,7 +5,7 @@ import json
 import pandas as pd
 import pytest
 
-from experiments import choice, committed, gsrq_perplexity, pareto, scores, style
+from experiments import budget, choice, committed, gsrq_perplexity, pareto, scores, style, suites
 from kvq import results
 
 CONFIG = {"quant": {"key": {"bits": 1, "cluster": {"start": "spherical"}}, "value": {"bits": 1}}, "prefill": "quantized", "task": {"limit": 4}, "calib": {"samples": 8}}
@@ -120,3 +120,44 @@ def test_latex_escapes_and_markdown_agree():
 
     made = Table("Caption.").add("Part", pd.DataFrame([{"a_b": "5 % ± 1", "c": 0.123456}]))
     assert "| 5 % ± 1 | 0.1235 |" in made.markdown() and "a\\_b & c" in made.latex() and "5 \\% $\\pm$ 1 & 0.1235 \\\\" in made.latex()
+
+
+def suite(folder, calib, scores_by_bits, task="niah"):
+    """GSRQ at 4, 2 and 1 bits: loss rising as bits fall, and the given scores."""
+    config = {**CONFIG, "calib": {"samples": calib, "length": 64, "source": "text"}}
+    for bits, score in scores_by_bits.items():
+        write(folder, "gsrq", bits, 0, 1 / bits, "perplexity", config)
+        write(folder, "gsrq", bits, 0, score - 1, task, config)  # `write` adds one to the score
+
+
+@pytest.mark.parametrize(
+    ("found", "follows"),
+    [({4: 90, 2: 80, 1: 10}, "yes"), ({4: 80, 2: 90, 1: 10}, "no"), ({4: 90, 2: 90.1, 1: 10}, "within error"), ({4: 90, 2: 90, 1: 10}, "within error")],
+)
+def test_the_order_of_scores_is_judged_against_that_of_losses(found, follows, tmp_path):
+    suite(tmp_path, 8, found)
+    assert suites.order(suites.rows(tmp_path))["follows"].tolist() == [follows]
+    assert f"| {follows} |" in suites.table(suites.rows(tmp_path)).markdown()
+
+
+def test_a_suite_table_has_one_calibration_and_says_which(tmp_path, caplog):
+    suite(tmp_path, 8, {4: 90, 2: 80, 1: 10})
+    suite(tmp_path, 64, {4: 99})
+    made = suites.rows(tmp_path)
+    assert set(made["calibration"]) == {"8 x 64 tokens of text"} and 99 not in set(made["value"])
+    assert "Calibration: 8 x 64 tokens of text." in suites.table(made).caption
+    committed.one_setting(committed.load(tmp_path, task="niah"))
+    assert "niah: 1 runs of another size stay out: calib.samples=64 (here 8)" in caplog.text
+
+
+def test_budget_tells_starts_apart_and_counts_seeds(tmp_path):
+    for start in ("random", "kmeans++"):
+        config = {**CONFIG, "quant": {"key": {"cluster": {"start": start}}, "value": {}}, "calib": {"samples": 8, "length": 64, "source": "text"}}
+        for bits in (1, 2):
+            for seed in (0, 1, 2):
+                write(tmp_path, "km", bits, seed, (3 if start == "random" else 2) / bits, config={**config, "seed": seed})
+    made = budget.rows(tmp_path)
+    assert made.groupby("arm").size().to_dict() == {"km random": 6, "km kmeans++": 6}
+    assert "| k-means++ | 2.0000 ± 0.0000 (3) | 1.0000 ± 0.0000 (3) |" in budget.table(made).markdown()
+    assert budget.rises(made)["rises"].all()
+    assert not budget.rises(made.assign(value=-made["value"]))["rises"].any()
