@@ -112,3 +112,9 @@ def test_conda_and_pip_pins_agree():
     assert sorted(pip) == sorted(project["dependencies"])
     assert project["version"].split(".")[0] != "0", "versions 0.x are mistaken for the PyPI package `kernels`"
     assert all("==" in d for d in project["dependencies"])
+
+
+def test_ruff_has_nothing_to_say():
+    """What `make lint` checks; notebooks too."""
+    done = subprocess.run([sys.executable, "-m", "ruff", "check", ".", "--no-cache", "--output-format=concise"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
