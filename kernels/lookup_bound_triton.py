@@ -22,6 +22,7 @@ CACHE = 128 * 1024  # bytes of rows a program keeps returning to; a multiprocess
 MULTIPROCESSORS = 132
 TWICE = 2  # programs of a multiprocessor that use the same rows
 LIMIT = {"num_warps": 8, "maxnreg": 128}  # two programs to a multiprocessor
+DEEPEST = 4  # stages of a share: a word of codes has four bytes
 JOINED = 1024  # tokens that a program of `_join` adds up
 
 
@@ -36,13 +37,13 @@ class Share(NamedTuple):
 def divide(rows: Layout, dim: int, width: int, budget: int) -> Share:
     """The fewest shares whose rows take at most `budget` bytes, entries being `width` bytes: by pieces first, which does nothing twice, then by stages.
 
-    A share has at most 4 stages, whose codes are one word of at most 4 bytes.
+    A share has at most DEEPEST stages, whose codes are one word.
     """
     slices = 1
-    while rows.R * rows.K * dim // slices * width > budget and slices < rows.PARTS and rows.PARTS * rows.W >= 32 * slices and not rows.SHARED:
+    while min(rows.R, DEEPEST) * rows.K * dim // slices * width > budget and slices < rows.PARTS and rows.PARTS * rows.W >= 32 * slices and not rows.SHARED:
         slices *= 2
     held = rows.K * (rows.PIECE if rows.SHARED else dim // slices) * width
-    depth = max((d for d in (1, 2, 4) if rows.R % d == 0 and d * held <= budget), default=1)
+    depth = max((d for d in (1, 2, DEEPEST) if rows.R % d == 0 and d * held <= budget), default=1)
     return Share(slices, depth, rows.R // depth)
 
 
@@ -75,8 +76,12 @@ def _rebuild(
     begin = channel + part * STEP
     row, column = (0 if SHARED else begin // PIECE * R) + part * 0, begin % PIECE
     inside = tables + (row * (K * PIECE) + column)[None, :, None] + i[None, None, :]
-    total = tl.zeros([word.shape[0], PARTS, W], tl.float16)
-    for stage in tl.range(0, DEPTH, loop_unroll_factor=2 if DEPTH > 2 else 1, num_stages=1):  # stays a loop, see there
+    SPARED: tl.constexpr = 1 if DEPTH > 2 else 0  # one addition less, where what is left stays a loop (see there)
+    if SPARED:
+        total = tl.load(inside + ((word & 255) * PIECE)[:, :, None]).to(tl.float16)
+    else:
+        total = tl.zeros([word.shape[0], PARTS, W], tl.float16)
+    for stage in tl.range(SPARED, DEPTH, num_stages=1):
         code = (word >> (8 * stage)) & 255
         total += tl.load(inside + ((stage * K + code) * PIECE)[:, :, None]).to(total.dtype)
     return total

@@ -7,6 +7,8 @@ from kernels.kmeans import nearest, product
 
 SCORES = 2**20  # partial sums times entries that a beam holds at once on a CPU; a GPU gets 64 times as many
 
+SEARCH = "torch"  # a beam on CUDA tensors: torch or triton; triton has not run on a GPU yet (kernels/NOTES.md)
+
 
 def encode(x: Tensor, codebooks: Tensor, beam: int = 1) -> Tensor:
     """Codes [G, N, R] (integers) of x [G, N, D] under codebooks [G, R, K, D]; distances in float32.
@@ -14,10 +16,15 @@ def encode(x: Tensor, codebooks: Tensor, beam: int = 1) -> Tensor:
     beam=1 takes the nearest entry stage by stage. A wider beam keeps the `beam` best partial sums of every vector after each stage
     and returns the best whole sum; time grows in proportion, decoding does not change.
     """
-    if beam == 1 and x.is_cuda and codebooks.dtype == torch.float16:
-        from kernels import rvq_triton
+    if x.is_cuda and codebooks.dtype in (torch.float16, torch.float8_e4m3fn):
+        if beam == 1:
+            from kernels import rvq_triton
 
-        return rvq_triton.encode(x, codebooks)
+            return rvq_triton.encode(x, codebooks)
+        if SEARCH == "triton" and beam <= 8 and codebooks.shape[2] <= 256:
+            from kernels import rvq_beam_triton
+
+            return rvq_beam_triton.encode(x, codebooks, beam)
     if beam == 1:
         return _greedy(x.float(), codebooks)
     stages, entries = codebooks.shape[1:3]

@@ -33,7 +33,7 @@ def _encode(
         best, label = tl.full([BN], float("-inf"), tl.float32), tl.zeros([BN], tl.int32)
         for first in tl.range(0, K, BK, num_stages=DEPTH):
             at = first + columns
-            some = tl.load(table + at[None, :] * D + d[:, None], mask=(at[None, :] < K) & real[:, None], other=0.0)
+            some = tl.load(table + at[None, :] * D + d[:, None], mask=(at[None, :] < K) & real[:, None], other=0.0).to(tl.float16)
             score = tl.dot(high, some)
             if SPLIT:
                 score = tl.dot(low, some, score)
@@ -46,7 +46,7 @@ def _encode(
 
 
 def encode(x: Tensor, codebooks: Tensor, split: bool = True, tile: tuple[int, int, int, int] | None = None) -> Tensor:
-    """Codes [G, N, R] of x [G, N, D] under codebooks [G, R, K, D] float16: uint8 for K up to 256, else int32; their memory is [N, G, R].
+    """Codes [G, N, R] of x [G, N, D] under codebooks [G, R, K, D] float16 or float8: uint8 for K up to 256, else int32; their memory is [N, G, R].
 
     x in any float dtype and any strides. `split` False drops the low half of the residual in the products: a third faster, .2 % other codes.
     """
