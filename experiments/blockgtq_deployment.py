@@ -8,7 +8,7 @@ from experiments import latency, reported
 
 
 def rows(results: Path = Path("results"), model: str = "standin") -> pd.DataFrame:
-    return latency.gather(results, "decode_attention") if model == "standin" else pd.DataFrame()
+    return latency.both(results, "decode_attention", vector=False) if model == "standin" else pd.DataFrame()
 
 
 speedups = latency.speedups
@@ -16,7 +16,7 @@ draw = latency.figure
 
 
 def table(rows: pd.DataFrame):
-    made = latency.tabulate(rows, "Decode attention of one layer, microseconds.")
+    made = latency.tabulate(rows, "Decode attention of one layer, microseconds.", "blockgtq_deployment")
     for name, title in (("T19", "latency, Table 19"), ("T20", "memory, Table 20")):
         paper = reported.table("blockgtq", name).pivot_table(index=["context", "method"], columns="metric", values="value", sort=False).reset_index()
         made.add(f"Reported ({title}, one H800, whole model)", paper)

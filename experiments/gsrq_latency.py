@@ -8,7 +8,7 @@ from experiments import latency, reported
 
 
 def rows(results: Path = Path("results"), model: str = "standin") -> pd.DataFrame:
-    return latency.gather(results, "vq_attention") if model == "standin" else pd.DataFrame()
+    return latency.both(results, "vq_attention", vector=True) if model == "standin" else pd.DataFrame()
 
 
 speedups = latency.speedups
@@ -16,6 +16,6 @@ draw = latency.figure
 
 
 def table(rows: pd.DataFrame):
-    made = latency.tabulate(rows, "Decode attention of one layer, microseconds.")
+    made = latency.tabulate(rows, "Decode attention of one layer, microseconds.", "gsrq_latency")
     paper = reported.table("gsrq", "T12", "T13")[["table", "metric", "method", "context", "value", "unit"]]
     return made.add("Reported (GSRQ Tables 12 and 13, A100-80GB, whole model; the fp16 baseline appears to repeat KV heads)", paper)

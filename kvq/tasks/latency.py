@@ -192,7 +192,7 @@ class Latency:
 
     def _encode(self, lm, tokens: int) -> dict[str, float]:
         cache = fill.fresh(lm)
-        lm.model(fill.random_ids(lm, 1, fill.READ), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        lm.model(fill.random_ids(lm, 1, 32), past_key_values=cache, use_cache=True, logits_to_keep=1)
         shapes = list(coded_shapes(lm.model.config).values())
         xs = [torch.randn(1, heads, tokens, dim, device=lm.device, dtype=lm.model.dtype) for heads, dim in shapes]
 
