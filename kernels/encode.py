@@ -15,7 +15,7 @@ TILE = 16
 
 def encodable(spec: Spec) -> bool:
     """Whether the kernel serves this codec: gains of norm or least squares, head dimension a power of two from 16 on, 1 to 8 bits."""
-    return spec.gain in ("unit_norm", "least_squares") and not spec.offset and spec.dim >= TILE and spec.dim & (spec.dim - 1) == 0
+    return spec.gain in ("unit_norm", "least_squares") and not spec.offset and not spec.channels and spec.dim >= TILE and spec.dim & (spec.dim - 1) == 0
 
 
 class Encoder:
@@ -61,10 +61,10 @@ class Encoder:
         pages = -(-tokens // PAGE) + (tokens % PAGE != 1)  # tokens that begin inside a page end one page later
         twin.encode_pages[(pages, spec.heads * len(xs), batch)](
             kx, vx, k.words, k.sides, v.words, v.sides, table.matrix, table.low, table.shift, table.member, table.mean, table.tiles, table.groups, table.levels,
-            starts, counts, *kx.stride()[:3], *vx.stride()[:3], *k.words.stride()[:2], k.sides.stride(0), k.sides.shape[2],
-            *v.words.stride()[:2], v.sides.stride(0), v.sides.shape[2],
-            spec.heads, table.tiles.shape[1], table.groups.shape[1], dim, k.layout.words, v.layout.words, ks.log8, vs.log8,
-            ks.gain == "least_squares", vs.gain == "least_squares", x.dtype == torch.float16, "tf32x3" if x.dtype == torch.bfloat16 else "ieee",
+            starts, counts, counts if k.table is None else k.table, *kx.stride()[:3], *vx.stride()[:3], *k.strides()[:2], k.strides()[3], k.sides.shape[-2],
+            *v.strides()[:2], v.strides()[3], v.sides.shape[-2], 0 if k.table is None else k.table.stride(0),
+            spec.heads, table.tiles.shape[1], table.groups.shape[1], dim, k.strides()[2], v.strides()[2], ks.log8, vs.log8,
+            ks.gain == "least_squares", vs.gain == "least_squares", x.dtype == torch.float16, "tf32x3" if x.dtype == torch.bfloat16 else "ieee", k.table is not None,
         )  # fmt: skip
 
     def _reserve(self, held: list[Pages], batch: int, tokens: int, device: torch.device) -> None:

@@ -23,10 +23,10 @@ def _turned(x, matrix, low, shift, SPLIT: tl.constexpr, PRECISION: tl.constexpr)
 
 @triton.jit
 def encode_pages(
-    keys, values, key_words, key_sides, value_words, value_sides, matrix, low, shift, member, mean, tiles, groups, levels, starts, counts,
-    kb, kh, kt, vb, vh, vt, kwb, kwh, ksb, key_rows, vwb, vwh, vsb, value_rows,
+    keys, values, key_words, key_sides, value_words, value_sides, matrix, low, shift, member, mean, tiles, groups, levels, starts, counts, pages,
+    kb, kh, kt, vb, vh, vt, kwb, kwh, ksb, key_rows, vwb, vwh, vsb, value_rows, pages_stride,
     HEADS: tl.constexpr, TILES: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, KEY_PAGE: tl.constexpr, VALUE_PAGE: tl.constexpr,
-    KEY_LOG8: tl.constexpr, VALUE_LOG8: tl.constexpr, KEY_SQUARES: tl.constexpr, VALUE_SQUARES: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    KEY_LOG8: tl.constexpr, VALUE_LOG8: tl.constexpr, KEY_SQUARES: tl.constexpr, VALUE_SQUARES: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, TABLE: tl.constexpr,
 ):  # fmt: skip
     """keys, values [B, H, T, D] (strides kb.. vt, D contiguous): tokens starts[b] .. starts[b] + counts[b] - 1 of the cache."""
     head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
@@ -36,6 +36,7 @@ def encode_pages(
     if page * 32 < start + count:
         slot, col, d = tl.arange(0, 32), tl.arange(0, 16), tl.arange(0, DIM)
         token = page * 32 + slot - start
+        page = tl.load(pages + batch * pages_stride + page) if TABLE else page
         fresh = (token >= 0) & (token < count)
         if is_value:
             source = values + batch * vb + (head - HEADS) * vh + token.to(tl.int64) * vt

@@ -14,18 +14,32 @@ from kernels.attention import Part, attend
 from kernels.pages import PAGE, TILE, Layout, Pages, Spec, stored_values
 from kernels.prefill import attend_pages
 
+VALUES = 32  # least channels of one of several segments of a value
+
 
 def fuse(key, value) -> "PagedAttention | None":
     """Attention over the packed codes of two codecs that offer `paged()`, keys coded after RoPE; None where no kernel serves them."""
     if not hasattr(key, "paged") or not hasattr(value, "paged") or key.space != "post":
         return None
     pair = [codec.paged() for codec in (key, value)]
-    return PagedAttention(*pair) if all(s is not None and s.dim % TILE == 0 for s in pair) and _uniform(pair[1]) else None
+    return PagedAttention(*pair) if all(s is not None and s.dim % TILE == 0 for s in pair) and _key(pair[0]) and _value(pair[1]) else None
 
 
-def _uniform(spec: Spec) -> bool:
+def _whole(spec: Spec) -> bool:
     """Whether every head is one segment of the same width and levels."""
     return len(spec.segments) == spec.heads and len({s[1:] for s in spec.segments}) == 1
+
+
+def _key(spec: Spec) -> bool:
+    """Offsets need one segment a head; scales per channel also at most 4 bits and whole rows of sides."""
+    return not (spec.offset or spec.channels) or (_whole(spec) and (not spec.channels or (spec.segments[0].width <= 4 and spec.dim % PAGE == 0)))
+
+
+def _value(spec: Spec) -> bool:
+    """Every head is one segment, or a few of whole tiles, of the same size, width and levels."""
+    parts = len(spec.segments) // spec.heads
+    same = len({s[2:] for s in spec.segments}) == 1 and spec.segments[0].size * parts == spec.dim
+    return same and not spec.channels and (parts == 1 or spec.segments[0].size % VALUES == 0)
 
 
 def reconstruct(spec: Spec, symbols: Tensor, sides: Tensor) -> Tensor:
@@ -45,15 +59,17 @@ class PagedAttention:
     def held(self, index: int) -> Pages:
         return Pages(self.specs[index], self.layouts[index])
 
-    def attend(self, query: Tensor, key: Pages, value: Pages, tokens: int, *, scale: float, first: Tensor | None = None, positions: Tensor | None = None) -> Part:
+    def attend(
+        self, query: Tensor, key: Pages, value: Pages, tokens: int, *, scale: float, first: Tensor | None = None, positions: Tensor | None = None, window: int | None = None
+    ) -> Part:
         """As `kernels.attention.attend` over the first `tokens` tokens held; query [B, Hq, D]."""
         if not backend.use_triton(query):
             k, v = (reconstruct(p.spec, *p.symbols())[:, :, :tokens] for p in (key, value))
-            return attend(query, k, v, scale, first)
+            return attend(query, k, v, scale, first, window)
         batch, device = query.shape[0], query.device
         lengths = torch.full((batch,), tokens, dtype=torch.int32, device=device)
         first = torch.zeros_like(lengths) if first is None else first.int()
-        return self.launch(query, key, value, lengths, first, tokens, scale)
+        return self.launch(query, key, value, lengths, first, tokens, scale, window=window)
 
     def attend_chunk(self, query: Tensor, key: Pages, value: Pages, tokens: int, at: int, *, scale: float, first: Tensor | None = None) -> Part:
         """As `kernels.prefill.attend_pages`: causal attention of query [B, Hq, C, D], whose first stands at position `at` of the tokens held."""
@@ -64,18 +80,24 @@ class PagedAttention:
             self._tables = _Tables(*self.specs, self.layouts[0], device)
         return self._tables
 
-    def launch(self, query: Tensor, key: Pages, value: Pages, lengths: Tensor, first: Tensor, longest: int, scale: float, splits: int | None = None) -> Part:
-        """The same with device-side lengths [B] int32 of at most `longest` tokens: nothing is read back, so it can be captured."""
+    def launch(
+        self, query: Tensor, key: Pages, value: Pages, lengths: Tensor, first: Tensor, longest: int, scale: float, splits: int | None = None, window: int | None = None
+    ) -> Part:
+        """The same with device-side lengths [B] int32 of at most `longest` tokens: nothing is read back, so it can be captured.
+
+        window: only the last `window` tokens of a sequence are visible. Keys and values in a `Pool` share its table.
+        """
         from kernels import paged_triton as twin
 
         table, (k, v) = self.tables(query.device), self.specs
         batch, heads, dim, group = query.shape[0], k.heads, k.dim, query.shape[1] // k.heads
         wide = max(8, 1 << (group - 1).bit_length())
         rows, block = table.rows, 8 * table.rows
-        blocks = max(1, -(-longest // block))
+        parts = len(v.segments) // heads
+        blocks = max(1, -(-longest // block)) if window is None else max(1, -(-min(longest, window + block) // block))
         splits = min(blocks, splits or max(1, backend.programs(query.device) // (batch * heads)))
         per_split = -(-blocks // splits) * block
-        splits = max(1, -(-longest // per_split))
+        splits = -(-blocks * block // per_split)
         positions, pad = table.matrix.shape[1], 1 << (dim - 1).bit_length()
         new = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device=query.device)  # noqa: E731
         turned = new(batch, heads, positions, wide, dtype=torch.float32 if query.dtype == torch.float32 else torch.float16)
@@ -86,11 +108,12 @@ class PagedAttention:
         )
         twin.decode_split[(splits, heads, batch)](
             turned, aux, key.words, key.sides, value.words, value.sides, table.groups, table.books, table.value_levels, table.value_books, table.shifts, first, lengths,
-            out, stat, key.words.stride(0), key.words.stride(1), key.sides.stride(0), key.sides.shape[2], value.words.stride(0), value.words.stride(1),
-            value.sides.stride(0), value.sides.shape[2], len(v.segments), len(k.segments), per_split,
+            lengths if key.table is None else key.table, out, stat, *key.strides()[:2], key.strides()[3], key.sides.shape[-2], *value.strides()[:2],
+            value.strides()[3], value.sides.shape[-2], len(v.segments), len(k.segments), per_split, 2**30 if window is None else window,
+            0 if key.table is None else key.table.stride(0),
             heads, positions // TILE, table.groups.shape[1], table.width, v.segments[0].width, dim,
-            self.layouts[0].words, self.layouts[1].words, backend.VTILE if dim % 32 == 0 else 16, wide, rows, k.log8, v.log8, k.offset, v.offset, k.bare, v.bare,
-            table.align, backend.AHEAD, backend.ASM,
+            key.strides()[2], value.strides()[2], min(backend.VTILE, dim // parts) if dim % 32 == 0 else 16, wide, rows,
+            k.log8, v.log8, k.offset, v.offset, k.bare or k.channels, v.bare, table.align, backend.AHEAD, backend.ASM, k.channels, parts, key.table is not None,
             num_warps=1, num_stages=backend.STAGES, **backend.LIMIT,
         )  # fmt: skip
         every = max(16, 1 << (splits - 1).bit_length())
@@ -123,7 +146,7 @@ class _Tables:
                 at = end
             groups[head, len(segs) :, 2] = segs[0][0]  # a group without tiles adds zero times any gain
             groups[head, len(segs) :, 3] = 3
-        self.width = key.segments[0].width if _uniform(key) and key.segments[0].width <= 4 else 0  # 0: read widths from `groups`
+        self.width = key.segments[0].width if _whole(key) and key.segments[0].width <= 4 else 0  # 0: read widths from `groups`
         self.align = 2 if all(s.size % 2 == 0 for s in key.segments) else 1  # RoPE blocks are pairs of channels
         mean = torch.zeros(key.heads, key.dim) if key.mean is None else key.mean
         self.sums = torch.stack([mean.to(device), self.matrix.sum(1)], 1).contiguous()

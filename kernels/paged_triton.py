@@ -21,9 +21,15 @@ def _dots(y, q, s):
 
 
 @triton.jit
-def _narrow(base, first, n, words, half, full, turn, slot, q, s, WIDTH: tl.constexpr, ASM: tl.constexpr):
+def _narrow(base, first, n, words, half, full, turn, slot, q, s, scale, least, WIDTH: tl.constexpr, ASM: tl.constexpr, CHANNELS: tl.constexpr):
     word = nibbles(base + first, half * n + full, full, turn, slot, n, WIDTH)
-    return _dots(levels(word, words, WIDTH, ASM), q, s)
+    y = levels(word, words, WIDTH, ASM)
+    if CHANNELS:
+        factor, offset, x = tl.load(scale + first), tl.load(least + first), ()
+        for j in tl.static_range(8):
+            x = x + (y[j] * factor + offset,)
+        y = x
+    return _dots(y, q, s)
 
 
 @triton.jit
@@ -55,17 +61,21 @@ def side(at, mask, LOG8: tl.constexpr, BARE: tl.constexpr = False):
 
 
 @triton.jit
-def _segment(base, begin, end, first, n, words, half, full, turn, slot, q_at, s, WIDTH: tl.constexpr, G: tl.constexpr, AHEAD: tl.constexpr, ASM: tl.constexpr):
+def _segment(
+    base, begin, end, first, n, words, half, full, turn, slot, q_at, s, scale, least,
+    WIDTH: tl.constexpr, G: tl.constexpr, AHEAD: tl.constexpr, ASM: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
     """Add the scores of one segment of WIDTH bits; its tiles are read AHEAD at a time. A loop, not unrolled: code must fit its cache."""
     for t in tl.range(begin, end, num_stages=AHEAD):
-        s = _narrow(base, first + (t - begin) * 16, n, words, half, full, turn, slot, tl.load(q_at + t * 16 * G), s, WIDTH, ASM)
+        s = _narrow(base, first + (t - begin) * 16, n, words, half, full, turn, slot, tl.load(q_at + t * 16 * G), s, scale, least, WIDTH, ASM, CHANNELS)
     return s
 
 
 @triton.jit
 def _scores(
-    base, at, half, full, turn, slot, query, books,
+    base, at, half, full, turn, slot, query, books, scale, least,
     WIDTH: tl.constexpr, TILES: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, ALIGN: tl.constexpr, AHEAD: tl.constexpr, ASM: tl.constexpr,
+    CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """Scores of the segment at `at`, without its gain: WIDTH > 0 is the one segment of every head, 0 reads the width from the table."""
     zero = tl.zeros([ROWS, G], tl.float32)
@@ -73,17 +83,17 @@ def _scores(
     q_at = query + tl.arange(0, 16)[:, None] * G + tl.arange(0, G)[None, :]
     words = table(at + 8)
     if WIDTH > 0:
-        return _segment(base, 0, TILES, 0, TILES * 16, words, half, full, turn, slot, q_at, s, WIDTH, G, AHEAD, ASM)
+        return _segment(base, 0, TILES, 0, TILES * 16, words, half, full, turn, slot, q_at, s, scale, least, WIDTH, G, AHEAD, ASM, CHANNELS)
     begin, end, width = tl.load(at), tl.load(at + 1), tl.load(at + 3)
     first, n = tl.multiple_of(tl.load(at + 4), ALIGN), tl.multiple_of(tl.load(at + 5), ALIGN)
     if width == 3:
-        s = _segment(base, begin, end, first, n, words, half, full, turn, slot, q_at, s, 3, G, AHEAD, ASM)
+        s = _segment(base, begin, end, first, n, words, half, full, turn, slot, q_at, s, scale, least, 3, G, AHEAD, ASM, False)
     elif width == 2:
-        s = _segment(base, begin, end, first, n, words, half, full, turn, slot, q_at, s, 2, G, AHEAD, ASM)
+        s = _segment(base, begin, end, first, n, words, half, full, turn, slot, q_at, s, scale, least, 2, G, AHEAD, ASM, False)
     elif width == 4:
-        s = _segment(base, begin, end, first, n, words, half, full, turn, slot, q_at, s, 4, G, AHEAD, ASM)
+        s = _segment(base, begin, end, first, n, words, half, full, turn, slot, q_at, s, scale, least, 4, G, AHEAD, ASM, False)
     elif width == 1:
-        s = _segment(base, begin, end, first, n, words, half, full, turn, slot, q_at, s, 1, G, AHEAD, ASM)
+        s = _segment(base, begin, end, first, n, words, half, full, turn, slot, q_at, s, scale, least, 1, G, AHEAD, ASM, False)
     else:
         for t in range(begin, end):
             y = _gathered(base + first + (t - begin) * 16, half, full, turn, slot, n, books + tl.load(at + 6), width)
@@ -93,17 +103,19 @@ def _scores(
 
 @triton.jit
 def decode_split(
-    query, aux, key_words, key_sides, value_words, value_sides, groups, books, value_table, value_books, shifts, first_visible, lengths, out, stat,
-    kb, kh, kb_side, key_rows, vb, vh, vb_side, value_rows, value_offset_row, key_offset_row, tokens_per_split,
+    query, aux, key_words, key_sides, value_words, value_sides, groups, books, value_table, value_books, shifts, first_visible, lengths, pages, out, stat,
+    kb, kh, kb_side, key_rows, vb, vh, vb_side, value_rows, value_offset_row, key_offset_row, tokens_per_split, window, pages_stride,
     HEADS: tl.constexpr, TILES: tl.constexpr, GROUPS: tl.constexpr, KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, DIM: tl.constexpr,
     KEY_PAGE: tl.constexpr, VALUE_PAGE: tl.constexpr, VTILE: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, KEY_LOG8: tl.constexpr,
     VALUE_LOG8: tl.constexpr, KEY_OFFSET: tl.constexpr, VALUE_OFFSET: tl.constexpr, KEY_BARE: tl.constexpr,
-    VALUE_BARE: tl.constexpr, ALIGN: tl.constexpr, AHEAD: tl.constexpr, ASM: tl.constexpr,
+    VALUE_BARE: tl.constexpr, ALIGN: tl.constexpr, AHEAD: tl.constexpr, ASM: tl.constexpr, CHANNELS: tl.constexpr, PARTS: tl.constexpr, TABLE: tl.constexpr,
 ):  # fmt: skip
     """out [B, H, splits, G, DIM], stat [B, H, splits, 2, G] float32: unnormalized outputs, maxima (base 2) and masses."""
     split, head, batch = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     length, visible = tl.load(lengths + batch), tl.load(first_visible + batch)
-    low, high = split * tokens_per_split, tl.minimum((split + 1) * tokens_per_split, length)
+    visible = tl.maximum(visible, length - window)
+    low = visible // (8 * ROWS) * (8 * ROWS) + split * tokens_per_split  # splits share what is visible
+    high = tl.minimum(low + tokens_per_split, length)
     row, group = tl.arange(0, ROWS), tl.arange(0, G)
     col, chan = tl.arange(0, 16), tl.arange(0, VTILE)
     query += (batch * HEADS + head) * TILES * 16 * G
@@ -117,22 +129,27 @@ def decode_split(
     within = row % 4
     half, turn, slot = within // 2, tl.load(shifts + row), tl.load(shifts + ROWS + row)
     bias, query_sum = tl.load(aux), tl.load(aux + G)
-    top, mass, moved = tl.full([G], float("-inf"), tl.float32), tl.zeros([G], tl.float32), tl.zeros([G], tl.float32)
+    top, mass, moved = tl.full([G], float("-inf"), tl.float32), tl.zeros([G], tl.float32), (tl.zeros([G], tl.float32),) * PARTS
     zero = tl.zeros([VTILE, G], tl.float32)
     o = (zero,) * (DIM // VTILE)
     for start in range(low, high, 8 * ROWS):
         rows = start // 8 + row
-        page = tl.minimum(rows // 4, (high - 1) // 32).to(tl.int64)  # rows behind the last token read its page again, masked below
+        page = tl.minimum(rows // 4, (high - 1) // 32)  # rows behind the last token read its page again, masked below
+        page = (tl.load(pages + batch * pages_stride + page) if TABLE else page).to(tl.int64)
         token = rows * 8
         key_full = (page * KEY_PAGE)[:, None] + col[None, :]
         key_side = key_sides + page * key_rows * 32 + within * 8
-        value_side = value_sides + (page * value_rows + head) * 32 + within * 8
+        value_side = value_sides + (page * value_rows + head * PARTS) * 32 + within * 8
+        scale = key_sides + (page * key_rows * 32 + head * DIM)[:, None] + col[None, :]
         t = ()
         for j in tl.static_range(8):
             t = t + (tl.zeros([ROWS, G], tl.float32) + bias[None, :],)
         for g in range(GROUPS):
             at = tl.load(groups + g * 16 + 2)
-            s = _scores(key_words, groups + g * 16, half[:, None], key_full, turn[:, None], slot[:, None], query, books, KEY_WIDTH, TILES, G, ROWS, ALIGN, AHEAD, ASM)
+            s = _scores(
+                key_words, groups + g * 16, half[:, None], key_full, turn[:, None], slot[:, None], query, books, scale, scale + HEADS * DIM,
+                KEY_WIDTH, TILES, G, ROWS, ALIGN, AHEAD, ASM, CHANNELS,
+            )  # fmt: skip
             n = ()
             for j in tl.static_range(8):
                 n = n + (t[j] + s[j] * side(key_side + at * 32 + j, token + j < high, KEY_LOG8, KEY_BARE)[:, None],)
@@ -148,30 +165,36 @@ def decode_split(
             peak = tl.maximum(peak, tl.max(x, 0))
         anchor = tl.where(peak == float("-inf"), 0.0, peak)
         decay = tl.exp2(top - anchor)
-        mass, moved, top = mass * decay, moved * decay, peak
-        p = ()
+        mass, top = mass * decay, peak
+        w = ()
         for j in tl.static_range(8):
-            w = tl.exp2(s[j] - anchor[None, :])
-            mass += tl.sum(w, 0)
-            if VALUE_OFFSET:
-                moved += tl.sum(w * side(value_side + value_offset_row * 32 + j, token + j < high, False)[:, None], 0)
-            p = p + ((w * side(value_side + j, token + j < high, VALUE_LOG8, VALUE_BARE)[:, None]).to(query.dtype.element_ty),)
+            w = w + (tl.exp2(s[j] - anchor[None, :]),)
+            mass += tl.sum(w[j], 0)
         full = (page * VALUE_PAGE)[None, :] + chan[:, None]
-        n = ()
-        for d in tl.static_range(DIM // VTILE):
-            if VALUE_WIDTH <= 4:
-                word = nibbles(value_words + d * VTILE, half[None, :] * DIM + full, full, turn[None, :], slot[None, :], DIM, VALUE_WIDTH)
-                y = levels(word, value_levels, VALUE_WIDTH, ASM)
-            else:
-                y = _gathered(value_words + d * VTILE, half[None, :], full, turn[None, :], slot[None, :], DIM, value_books, VALUE_WIDTH)
-            x = o[d] * decay[None, :]
+        n, m = (), ()
+        for part in tl.static_range(PARTS):  # of the channels, each with gains of its own
+            shift = moved[part] * decay
+            p = ()
             for j in tl.static_range(8):
-                x = tl.dot(y[j].to(p[j].dtype), p[j], x, input_precision="ieee")
-            n = n + (x,)
-        o = n
+                if VALUE_OFFSET:
+                    shift += tl.sum(w[j] * side(value_side + (value_offset_row + part) * 32 + j, token + j < high, False)[:, None], 0)
+                p = p + ((w[j] * side(value_side + part * 32 + j, token + j < high, VALUE_LOG8, VALUE_BARE)[:, None]).to(query.dtype.element_ty),)
+            m = m + (shift,)
+            for d in tl.static_range(part * (DIM // VTILE) // PARTS, (part + 1) * (DIM // VTILE) // PARTS):
+                base = value_words + part * (DIM // PARTS) * (VALUE_WIDTH - 1) + d * VTILE
+                if VALUE_WIDTH <= 4:
+                    word = nibbles(base, half[None, :] * (DIM // PARTS) + full, full, turn[None, :], slot[None, :], DIM // PARTS, VALUE_WIDTH)
+                    y = levels(word, value_levels, VALUE_WIDTH, ASM)
+                else:
+                    y = _gathered(base, half[None, :], full, turn[None, :], slot[None, :], DIM // PARTS, value_books, VALUE_WIDTH)
+                x = o[d] * decay[None, :]
+                for j in tl.static_range(8):
+                    x = tl.dot(y[j].to(p[j].dtype), p[j], x, input_precision="ieee")
+                n = n + (x,)
+        o, moved = n, m
     place = (batch * HEADS + head) * tl.num_programs(0) + split
     for d in tl.static_range(DIM // VTILE):
-        tl.store(out + (place * G + group[None, :]) * DIM + d * VTILE + chan[:, None], o[d] + moved[None, :])
+        tl.store(out + (place * G + group[None, :]) * DIM + d * VTILE + chan[:, None], o[d] + moved[d * PARTS // (DIM // VTILE)][None, :])
     tl.store(stat + place * 2 * G + group, top)
     tl.store(stat + (place * 2 + 1) * G + group, mass)
 

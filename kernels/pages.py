@@ -36,6 +36,8 @@ class Spec:
 
     levels [n] float32; rotation [H or 1, D, D] float32, rows: stored positions, or None; mean [H, D] float32 or None.
     stored: type of the sides. log8: gains are bytes that mean 2**((c - 128) / 8), 0 for 0. offset: `sides` carries gains, then offsets; bare: nothing, gains are 1.
+    channels: instead a gain and an offset per channel and page of 32 tokens: row h D / 32 + r of the sides, at 32 p + c, is the gain of channel 32 r + c
+    of head h in page p; the offsets follow in as many rows. T is then a multiple of 32.
     symbols(codes) gives (integer codes [B, H, T, D] by stored position, sides [B, segments (times 2 with offset), T]); restore undoes it.
     """
 
@@ -51,6 +53,7 @@ class Spec:
     log8: bool = False
     offset: bool = False
     bare: bool = False
+    channels: bool = False
     gain: str | None = None  # what the codec stores as gain, where `kernels.encode` can compute it: unit_norm or least_squares
 
 
@@ -116,6 +119,10 @@ def _tiles(spec: Spec, bases: list[int]) -> Tensor:
 
 def stored_values(spec: Spec, symbols: Tensor, sides: Tensor) -> Tensor:
     """gain * level + offset in stored order, float32 [B, H, T, D], from integer codes [B, H, T, D] and sides [B, R, T]."""
+    if spec.channels:
+        gain, least = (x.unflatten(1, (spec.heads, -1)).unflatten(3, (-1, PAGE)).transpose(2, 3).flatten(3) for x in sides.float().chunk(2, 1))  # [B, H, P, D]
+        page = torch.arange(symbols.shape[2], device=symbols.device) // PAGE
+        return spec.levels[symbols + spec.segments[0].book] * gain[:, :, page] + least[:, :, page]
     if spec.bare:
         sides = torch.ones(symbols.shape[0], len(spec.segments), symbols.shape[2], device=symbols.device)
     sides = torch.where(sides == 0, 0.0, torch.exp2((sides.float() - 128) / 8)) if spec.log8 else sides.float()
@@ -142,7 +149,7 @@ class Pages:
 
     def __init__(self, spec: Spec, layout: Layout):
         self.spec, self.layout, self.tokens = spec, layout, 0
-        self.words = self.sides = None
+        self.words = self.sides = self.table = None
 
     def append(self, codes: dict[str, Tensor]) -> None:
         """Write the codes of some tokens, as the codec encoded them, after those held."""
@@ -176,8 +183,17 @@ class Pages:
         """(integer codes [B, H, T, D], sides [B, R, T]) of tokens start (a multiple of 32) to stop, by default of all."""
         stop = self.tokens if stop is None else stop
         pages, count = slice(start // PAGE, -(-stop // PAGE)), stop - start
-        sides = self.sides[:, pages].transpose(1, 2).flatten(2)[..., :count]
-        return self.layout.unpack(self.words[:, :, pages], count), sides
+        words, sides = self.dense(pages)
+        sides = sides.transpose(1, 2).flatten(2)
+        return self.layout.unpack(words, count), sides if self.spec.channels else sides[..., :count]
+
+    def dense(self, pages: slice) -> tuple[Tensor, Tensor]:
+        """Words [B, H, P, W] and sides [B, P, R, 32] of these pages."""
+        return self.words[:, :, pages], self.sides[:, pages]
+
+    def strides(self) -> tuple[int, int, int, int]:
+        """Words from a sequence to the next, from a head to the next, from a page to the next; sides from a sequence to the next."""
+        return *self.words.stride()[:3], self.sides.stride(0)
 
     @property
     def codes(self) -> dict[str, Tensor]:
@@ -198,3 +214,38 @@ class Pages:
             torch.index_select(self.words, 0, rows.to(self.words.device), out=twin.words)
             twin.sides = self.sides.index_select(0, rows.to(self.sides.device))
         return twin
+
+
+class Pool(Pages):
+    """Pages of many sequences in one store, as a serving engine keeps them: page p of sequence b is page table[b, p] of the store.
+
+    words [N, H, W] int32, sides [N, R, 32], table [B, P] int32, one for keys and values. `kernels.encode.Encoder` writes, with device-side starts.
+    """
+
+    def __init__(self, spec: Spec, layout: Layout, words: Tensor, sides: Tensor, table: Tensor, tokens: int):
+        """tokens: of the longest sequence. Raises ValueError if the table is too short for them."""
+        super().__init__(spec, layout)
+        if table.shape[1] * PAGE < tokens:
+            raise ValueError(f"A table of {table.shape[1]} pages holds {table.shape[1] * PAGE} tokens a sequence, not {tokens}.")
+        self.words, self.sides, self.table, self.tokens = words, sides, table, tokens
+
+    def append(self, codes: dict[str, Tensor]) -> None:
+        raise NotImplementedError("A pool takes tokens through kernels.encode.Encoder, with starts and counts.")
+
+    def reserve(self, *args) -> None:
+        raise NotImplementedError("A pool has the pages that its table names; the engine that owns it hands out more.")
+
+    def dense(self, pages: slice) -> tuple[Tensor, Tensor]:
+        table = self.table[:, pages].long()
+        return self.words[table].transpose(1, 2), self.sides[table]
+
+    def strides(self) -> tuple[int, int, int, int]:
+        return 0, self.words.stride(1), self.words.stride(0), 0
+
+    def bytes(self) -> int:
+        """Bytes of the whole store."""
+        return sum(x.numel() * x.element_size() for x in (self.words, self.sides))
+
+    def select(self, rows: Tensor) -> "Pool":
+        """The same for these sequences: pages are shared, so whoever appends must give the twin pages of its own first."""
+        return Pool(self.spec, self.layout, self.words, self.sides, self.table.index_select(0, rows.to(self.table.device)), self.tokens)

@@ -73,13 +73,15 @@ def stored(pages: Pages, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         return stored_values(pages.spec, *pages.symbols(start, stop)).to(dtype)
     from kernels import prefill_triton as twin
 
-    spec, batch, count = pages.spec, pages.words.shape[0], stop - start
+    spec, table, count = pages.spec, pages.table, stop - start
+    batch = len(pages.words if table is None else table)
     out = torch.empty(batch, spec.heads, count, spec.dim, dtype=dtype, device=pages.words.device)
-    table = pages.layout.tiles
+    tiles = pages.layout.tiles
     if count:
         twin.stored_tokens[(-(-count // 32), spec.heads, batch)](
-            pages.words, pages.sides, table, spec.levels, out, pages.words.stride(0), pages.words.stride(1), pages.sides.stride(0), pages.sides.shape[2], len(spec.segments),
-            start, stop, spec.heads, table.shape[1], spec.dim, pages.layout.words, spec.log8, spec.offset, spec.bare,
+            pages.words, pages.sides, tiles, spec.levels, pages.words if table is None else table, out, *pages.strides()[:2], pages.strides()[3], pages.sides.shape[-2],
+            len(spec.segments), start, stop, 0 if table is None else table.stride(0),
+            spec.heads, tiles.shape[1], spec.dim, pages.strides()[2], spec.log8, spec.offset, spec.bare, spec.channels, table is not None,
         )  # fmt: skip
     return out
 

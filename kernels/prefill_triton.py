@@ -6,8 +6,9 @@ import triton.language as tl
 
 @triton.jit
 def stored_tokens(
-    words, sides, tiles, levels, out, wb, wh, sb, rows, offset_row, start, stop,
+    words, sides, tiles, levels, pages, out, wb, wh, sb, rows, offset_row, start, stop, pages_stride,
     HEADS: tl.constexpr, TILES: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, LOG8: tl.constexpr, OFFSET: tl.constexpr, BARE: tl.constexpr,
+    CHANNELS: tl.constexpr, TABLE: tl.constexpr,
 ):  # fmt: skip
     """out [B, H, stop - start, DIM]: gain times level (plus offset) of tokens start.. stop - 1; a program decodes one page of one head."""
     head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
@@ -15,8 +16,10 @@ def stored_tokens(
     slot, col = tl.arange(0, 32), tl.arange(0, 16)
     token = page * 32 + slot
     inside = token < stop
+    if TABLE:
+        page = tl.load(pages + batch * pages_stride + page).to(tl.int64)
     words += batch * wb + head * wh + page * PAGE
-    sides += batch * sb + page * rows * 32 + slot
+    sides += batch * sb + page * rows * 32
     out += ((batch * HEADS + head) * (stop - start) + token - start) * DIM
     within = slot % 8
     pair_at, one_at, later = 4 * within + 2 * (slot // 8 % 2), 4 * within + slot // 8, slot // 16
@@ -35,14 +38,17 @@ def stored_tokens(
             word = tl.load(at + (width - 1) * n + tl.zeros([32, 1], tl.int32), mask=mask, other=0)
             code |= ((word >> one_at[:, None]) & 1) << (width - 1)
         y = tl.load(levels + book + code, mask=mask, other=0)
-        if not BARE:
-            gain = tl.load(sides + row * 32, mask=inside, other=0)
+        if CHANNELS:
+            here_side = sides + head * DIM + place + col
+            y = y * tl.load(here_side).to(tl.float32)[None, :] + tl.load(here_side + HEADS * DIM).to(tl.float32)[None, :]
+        elif not BARE:
+            gain = tl.load(sides + row * 32 + slot, mask=inside, other=0)
             if LOG8:
                 y *= tl.where(gain == 0, 0.0, tl.exp2((gain.to(tl.float32) - 128.0) * 0.125))[:, None]
             else:
                 y *= gain.to(tl.float32)[:, None]
         if OFFSET:
-            y += tl.load(sides + (offset_row + row) * 32, mask=inside, other=0).to(tl.float32)[:, None]
+            y += tl.load(sides + (offset_row + row) * 32 + slot, mask=inside, other=0).to(tl.float32)[:, None]
         tl.store(out[:, None] + place + col[None, :], y.to(out.dtype.element_ty), mask=mask)
 
 
@@ -56,7 +62,7 @@ def _steps(
     for start in range(low, high, STEP):
         at = start + j
         near, far = keys + at.to(tl.int64)[None, :] * DIM + d[:, None], values + at.to(tl.int64)[:, None] * DIM + d[None, :]
-        if MASK or DIM != DPAD:
+        if MASK or DIM != DPAD:  # noqa: SIM108
             k = tl.load(near, mask=(at < limit)[None, :] & (d < DIM)[:, None], other=0)
         else:
             k = tl.load(near)
@@ -69,7 +75,7 @@ def _steps(
         p = tl.exp2(s * scale - anchor[:, None] * scale)
         decay = tl.exp2((top - anchor) * scale)
         mass = mass * decay + tl.sum(p, 1)
-        if MASK or DIM != DPAD:
+        if MASK or DIM != DPAD:  # noqa: SIM108
             v = tl.load(far, mask=(at < limit)[:, None] & (d < DIM)[None, :], other=0)
         else:
             v = tl.load(far)

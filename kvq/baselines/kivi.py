@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from kernels.bitpack import pack, packed_bytes, unpack
+from kernels.paged import fuse
+from kernels.pages import PAGE, Segment, Spec
 from kvq.baselines.affine import dequantize, extent, quantize
 from kvq.baselines.inputs import accept, finite, fitted, sizes
 
@@ -79,6 +81,38 @@ class KIVI(nn.Module):
             return _decode_channel(codes, self.code_bits, self.group, dim)
         integers = unpack(codes["codes"], self.code_bits, dim).unflatten(3, (-1, self._size(dim)))
         return dequantize(integers, codes["minimum"].unsqueeze(4), codes["scale"].unsqueeze(4)).flatten(3)
+
+    def paged(self) -> Spec | None:
+        """The codec as kernels read it: levels are the integers, the gain is the scale, the offset the minimum; None for keys whose groups are no pages."""
+        heads, dim = fitted(self.shape)
+        size = dim if self.axis == "channel" else self._size(dim)
+        if self.axis == "channel" and (self.group != PAGE or dim % PAGE):
+            return None
+        levels = torch.arange(2**self.code_bits, device=self.shape.device).float()
+        segments = tuple(Segment(h, start, size, self.code_bits, 0) for h in range(heads) for start in range(0, dim, size))
+        numbers = segments, levels, None, None, self._symbols, self._restore
+        return Spec(heads, dim, *numbers, offset=self.axis == "token", channels=self.axis == "channel")
+
+    def fuse(self, value: nn.Module):
+        """Attention over packed codes with this value codec, or None where no kernel serves the pair."""
+        return fuse(self, value)
+
+    def _symbols(self, codes: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        dim = fitted(self.shape)[1]
+        names = "scale", "minimum"
+        if self.axis == "token":
+            return unpack(codes["codes"], self.code_bits, dim), torch.cat([codes[name].transpose(2, 3).flatten(1, 2) for name in names], 1)
+        integers = unpack(codes["codes"], self.code_bits, PAGE * dim).unflatten(3, (PAGE, dim)).flatten(2, 3)
+        # [B, H, P, D] to [B, H D / 32, 32 P]: a row holds 32 channels, a page its own 32 columns.
+        return integers, torch.cat([codes[name].unflatten(3, (-1, PAGE)).transpose(2, 3).flatten(3).flatten(1, 2) for name in names], 1)
+
+    def _restore(self, symbols: Tensor, sides: Tensor) -> dict[str, Tensor]:
+        heads = symbols.shape[1]
+        if self.axis == "token":
+            scale, minimum = (x.unflatten(1, (heads, -1)).transpose(2, 3).contiguous() for x in sides.chunk(2, 1))
+            return {"codes": pack(symbols, self.code_bits), "scale": scale, "minimum": minimum}
+        scale, minimum = (x.unflatten(1, (heads, -1)).unflatten(3, (-1, PAGE)).transpose(2, 3).flatten(3) for x in sides.chunk(2, 1))
+        return {"codes": pack(symbols.unflatten(2, (-1, PAGE)).flatten(3), self.code_bits), "scale": scale, "minimum": minimum}
 
     def _size(self, dim: int) -> int:
         return self.group if self.axis == "channel" else min(self.group, dim)

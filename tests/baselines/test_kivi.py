@@ -5,6 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from kernels.attention import attend
+from kernels.prefill import attend_chunk
 from kvq.baselines.kivi import KIVI, KIVIScaleOnly
 
 
@@ -146,3 +148,35 @@ def test_scale_only_bad_options():
         KIVIScaleOnly(5, group=32, calibration_tokens=1)
     with pytest.raises(ValueError, match="positive"):
         KIVIScaleOnly(3, group=32, calibration_tokens=0)
+
+
+@pytest.mark.parametrize("bits, dim, group", [(2, 64, 32), (4, 32, 16), (3, 64, 64)])
+def test_attention_reads_what_the_codecs_decode(bits, dim, group):
+    pytest.importorskip("triton")
+    key, value = shaped(KIVI(bits, axis="channel", group=32), 2, dim), shaped(KIVI(bits, axis="token", group=group), 2, dim)
+    fused = key.fuse(value)
+    if group == 16:
+        assert fused is None, "16 channels of a value share a scale: less than the kernel decodes at a time"
+        return
+    held, dense = [fused.held(i) for i in (0, 1)], []
+    for pages, codec, tokens in zip(held, (key, value), (96, 101)):
+        x = 3 * normal(2, 2, tokens, dim, seed=tokens) + 0.7
+        for part in (x[:, :, :32], x[:, :, 32:]):
+            codes = codec.encode(part)
+            pages.append(codes)
+        codes = codec.encode(x)
+        assert all(torch.equal(pages.codes[name], codes[name]) for name in codes), "pages hold the codec's codes, bit for bit"
+        dense.append(codec.decode(codes)[:, :, :90])
+    query, first = normal(2, 4, 7, dim, seed=9), torch.tensor([0, 33])
+    for ours, theirs in (
+        (fused.attend(query[:, :, 6], *held, 90, scale=0.2, first=first), attend(query[:, :, 6], *dense, 0.2, first)),
+        (fused.attend_chunk(query, *held, 90, 83, scale=0.2, first=first), attend_chunk(query, *dense, 0.2, 83, first)),
+    ):
+        assert (ours[0] - theirs[0]).norm() <= 2e-3 * theirs[0].norm()
+        torch.testing.assert_close(ours[1], theirs[1], atol=5e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("dim, group", [(64, 64), (48, 32)])
+def test_keys_whose_groups_are_no_pages_have_no_kernel(dim, group):
+    key = shaped(KIVI(2, axis="channel", group=group), 2, dim)
+    assert key.fuse(shaped(KIVI(2, axis="token", group=dim), 2, dim)) is None

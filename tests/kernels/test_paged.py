@@ -8,7 +8,7 @@ import torch
 
 from kernels import backend, paged, synthetic
 from kernels.attention import attend
-from kernels.pages import PAGE, Layout, Pages
+from kernels.pages import PAGE, Layout, Pages, Pool, room
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LIMIT = {torch.float16: 1e-2, torch.float32: 2e-3}
@@ -33,7 +33,24 @@ def relative(ours, theirs):
     return error
 
 
-def check(dim, group, batch, tokens, key, value, dtype, seed, heads=2, **options):
+def pooled(held, generator):
+    """The same tokens in stores of shuffled pages, some of them nobody's, behind one table."""
+    batch, _, count = held[0].words.shape[:3]
+    table = torch.randperm(batch * count + 3, generator=generator)[: batch * count].view(batch, count).to(DEVICE)
+    pools = []
+    for pages in held:
+        words = torch.full((batch * count + 3, *pages.words.shape[1::2]), -1, dtype=torch.int32, device=DEVICE)
+        sides = torch.full((batch * count + 3, *pages.sides.shape[2:]), float("nan") if pages.sides.is_floating_point() else 255, device=DEVICE).to(pages.sides.dtype)
+        words[table], sides[table] = pages.words.transpose(1, 2), pages.sides
+        pools.append(Pool(pages.spec, pages.layout, room_like(words), sides, table.int(), pages.tokens))
+    return pools
+
+
+def room_like(words):
+    return room(*words.shape, device=words.device).copy_(words)
+
+
+def check(dim, group, batch, tokens, key, value, dtype, seed, heads=2, window=None, pool=False, **options):
     generator = torch.Generator().manual_seed(seed)
     widths = key if isinstance(key, int) else synthetic.draw_widths(heads, dim // 2, key, 1.0, generator)
     k = synthetic.spec(heads, dim, widths, centred=True, device=DEVICE, **options)
@@ -48,13 +65,15 @@ def check(dim, group, batch, tokens, key, value, dtype, seed, heads=2, **options
     for pages in held:  # what lies behind the last token must not matter
         if pages.sides.is_floating_point():
             pages.sides.transpose(2, 3).flatten(1, 2)[:, tokens:] = float("nan")
-    output, lse = pair.launch(query, *held, lengths, first, tokens, scale, splits=int(torch.randint(1, 5, (), generator=generator)))
+    if pool:
+        held = pooled(held, generator)
+    output, lse = pair.launch(query, *held, lengths, first, tokens, scale, window=window, splits=int(torch.randint(1, 5, (), generator=generator)))
     dense = [paged.reconstruct(p.spec, *p.symbols()) for p in held]
     for b in range(batch):
         n = int(lengths[b])
         ours = (output[b], lse[b])
-        theirs = attend(query[b : b + 1], *(x[b : b + 1, :, :n] for x in dense), scale, first[b : b + 1].long())
-        assert relative(ours[0], theirs[0][0]) <= LIMIT[dtype], (dim, group, batch, tokens, key, value)
+        theirs = attend(query[b : b + 1], *(x[b : b + 1, :, :n] for x in dense), scale, first[b : b + 1].long(), window)
+        assert relative(ours[0], theirs[0][0]) <= LIMIT[dtype], (dim, group, batch, tokens, key, value, window, pool)
         torch.testing.assert_close(ours[1], theirs[1][0], atol=2e-2 if dtype == torch.float16 else 2e-3, rtol=1e-3)
 
 
@@ -70,6 +89,7 @@ def test_the_kernel_obeys_the_reference(case, dtype):
     dim, group, key = pick.choice(CASES)
     longest = 200 if DEVICE == "cpu" else 5000
     options = {"log8": pick.random() < 0.3, "rotated": pick.random() < 0.8}
+    options |= {"window": pick.choice([None, None, 1, 40, 150]), "pool": pick.random() < 0.4}
     options["offset"] = isinstance(key, int) and not options["log8"] and pick.random() < 0.5
     check(dim, group, pick.choice([1, 2, 3]), pick.randrange(1, longest), key, pick.choice([1, 2, 3, 4]), dtype, seed, **options)
 
