@@ -46,9 +46,7 @@ def rotate(x: Tensor, inv_freq: Tensor, base: Tensor) -> Tensor:
     return torch.cat([low * angle.cos() - high * angle.sin(), high * angle.cos() + low * angle.sin()], -1)
 
 
-def attend(
-    query: Tensor, keys: Coded, values: Coded, tokens: int, scale: float, inv_freq: Tensor | None = None, base: Tensor | None = None, first: Tensor | None = None
-) -> Part:
+def attend(query: Tensor, keys: Coded, values: Coded, tokens: int, scale: float, inv_freq: Tensor | None = None, base: Tensor | None = None, first: Tensor | None = None) -> Part:
     """Attention of query [B, Hq, D] over the first `tokens` tokens; query head h reads KV head h // (Hq // H).
 
     inv_freq [D/2] and base [B] (position of token 0, integers): given for keys coded before RoPE. first [B]: first visible token.

@@ -40,10 +40,10 @@ def divide(rows: Layout, dim: int, width: int, budget: int) -> Share:
     A share has at most DEEPEST stages, whose codes are one word.
     """
     slices = 1
-    while min(rows.R, DEEPEST) * rows.K * dim // slices * width > budget and slices < rows.PARTS and rows.PARTS * rows.W >= 32 * slices and not rows.SHARED:
+    while min(rows.R, DEEPEST) * rows.K * dim // slices * width > budget and slices < rows.PARTS and 32 * slices <= rows.PARTS * rows.W and not rows.SHARED:
         slices *= 2
     held = rows.K * (rows.PIECE if rows.SHARED else dim // slices) * width
-    depth = max((d for d in (1, 2, DEEPEST) if rows.R % d == 0 and d * held <= budget), default=1)
+    depth = max((d for d in range(1, DEEPEST + 1) if rows.R % d == 0 and d * held <= budget), default=1)
     return Share(slices, depth, rows.R // depth)
 
 
@@ -77,10 +77,7 @@ def _rebuild(
     row, column = (0 if SHARED else begin // PIECE * R) + part * 0, begin % PIECE
     inside = tables + (row * (K * PIECE) + column)[None, :, None] + i[None, None, :]
     SPARED: tl.constexpr = 1 if DEPTH > 2 else 0  # one addition less, where what is left stays a loop (see there)
-    if SPARED:
-        total = tl.load(inside + ((word & 255) * PIECE)[:, :, None]).to(tl.float16)
-    else:
-        total = tl.zeros([word.shape[0], PARTS, W], tl.float16)
+    total = tl.load(inside + ((word & 255) * PIECE)[:, :, None]).to(tl.float16) if SPARED else tl.zeros([word.shape[0], PARTS, W], tl.float16)
     for stage in tl.range(SPARED, DEPTH, num_stages=1):
         code = (word >> (8 * stage)) & 255
         total += tl.load(inside + ((stage * K + code) * PIECE)[:, :, None]).to(total.dtype)
@@ -124,11 +121,11 @@ def _scores(
     own = query + (row + g[:, None]) * D + f[None, :]
     low = tl.load(own, mask=g[:, None] < GROUP, other=0.0).to(tl.float32) * scale
     high = tl.load(own + HALF, mask=g[:, None] < GROUP, other=0.0).to(tl.float32) * scale
-    at = stretch * share
-    end = tl.minimum(tokens, at + share)
+    begin = stretch * share
+    end = tl.minimum(tokens, begin + share)
     if ROTARY:
         # The query is turned back to the first token of each tile, by the same angle from tile to tile: a product instead of sines.
-        start = tl.load(base + batch) + at
+        start = tl.load(base + batch) + begin
         once, leap = tl.load(turns + f), tl.load(turns + HALF + f)
         c, s = turn((start // BT).to(tl.float32) * leap + (start % BT).to(tl.float32) * once)
         low, high = low * c[None, :] + high * s[None, :], high * c[None, :] - low * s[None, :]
@@ -137,10 +134,10 @@ def _scores(
         around = offsets + part * WIDE + t[:, None, None] * HALF + (p * KEY_W)[None, :, None] + i[None, None, :]
         cos, sin = tl.load(around), tl.load(around + BT * HALF)
     out += ((part * GROUPS + group).to(tl.int64) * (batches * HEADS * GROUP) + row) * tokens
-    own_low = _words(codes, at + t, end, stride_code, stride_token, 0, PARTS, KEY_STEP, KEY_PIECE, KEY_R, DEPTH, PACKED)
-    own_high = _words(codes, at + t, end, stride_code, stride_token, KEY_HIGH, PARTS, KEY_STEP, KEY_PIECE, KEY_R, DEPTH, PACKED)
+    own_low = _words(codes, begin + t, end, stride_code, stride_token, 0, PARTS, KEY_STEP, KEY_PIECE, KEY_R, DEPTH, PACKED)
+    own_high = _words(codes, begin + t, end, stride_code, stride_token, KEY_HIGH, PARTS, KEY_STEP, KEY_PIECE, KEY_R, DEPTH, PACKED)
     # Pipelining would stage the gathered rows in shared memory and bypass the first-level cache, where the tables live.
-    for at in tl.range(at, end, BT, num_stages=1):
+    for at in tl.range(begin, end, BT, num_stages=1):
         token = at + t
         seen = token < end
         next_low = _words(codes, token + BT, end, stride_code, stride_token, 0, PARTS, KEY_STEP, KEY_PIECE, KEY_R, DEPTH, PACKED)
@@ -200,12 +197,12 @@ def _values(
     peak = tl.where(peak > float("-inf"), peak, 0.0)
     heavy = tl.zeros([BG, BT], tl.float32)
     total = tl.zeros([BG, WIDE], tl.float32)
-    at = stretch * share
-    end = tl.minimum(tokens, at + share)
+    begin = stretch * share
+    end = tl.minimum(tokens, begin + share)
     real = g[:, None] < GROUP
-    word = _words(codes, at + t, end, stride_code, stride_token, 0, PARTS, VALUE_STEP, VALUE_PIECE, VALUE_R, DEPTH, PACKED)
-    score = tl.load(own + (at + t)[None, :], mask=real & (at + t < end)[None, :], other=float("-inf"))
-    for at in tl.range(at, end, BT, num_stages=1):
+    word = _words(codes, begin + t, end, stride_code, stride_token, 0, PARTS, VALUE_STEP, VALUE_PIECE, VALUE_R, DEPTH, PACKED)
+    score = tl.load(own + (begin + t)[None, :], mask=real & (begin + t < end)[None, :], other=float("-inf"))
+    for at in tl.range(begin, end, BT, num_stages=1):
         token = at + t
         ahead = token + BT
         next_word = _words(codes, ahead, end, stride_code, stride_token, 0, PARTS, VALUE_STEP, VALUE_PIECE, VALUE_R, DEPTH, PACKED)

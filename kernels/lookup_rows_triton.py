@@ -47,10 +47,7 @@ def rebuild(
     total = tl.zeros([token.shape[0], PARTS, W], tl.float16)
     for stage in tl.range(0, DEPTH, loop_unroll_factor=4 if DEPTH >= 8 else 2, num_stages=1):
         code = tl.load(codes + (piece * R + stage)[None, :] * stride_code + token[:, None] * stride_token, mask=seen[:, None], other=0).to(tl.int32)
-        if SHARED:
-            row = (stage * K + code) * PIECE
-        else:
-            row = ((piece * R + stage)[None, :] * K + code) * PIECE
+        row = (stage * K + code) * PIECE if SHARED else ((piece * R + stage)[None, :] * K + code) * PIECE
         total += tl.load(tables + row[:, :, None] + column[None, :, None] + i[None, None, :]).to(total.dtype)
     return total
 

@@ -34,9 +34,7 @@ def _attend(
     HALF: tl.constexpr = D // 2
     t, g, f, d = tl.arange(0, BT), tl.arange(0, BG), tl.arange(0, HALF), tl.arange(0, D)
     key_codes, key_tables = seat(key_codes, key_tables, batch, head, key_batch, key_strip, key_stride, D, KEY_PIECE, KEY_R, KEY_K, KEY_STRIPS, KEY_SHARED)
-    value_codes, value_tables = seat(
-        value_codes, value_tables, batch, head, value_batch, value_strip, value_stride, D, VALUE_PIECE, VALUE_R, VALUE_K, VALUE_STRIPS, VALUE_SHARED
-    )
+    value_codes, value_tables = seat(value_codes, value_tables, batch, head, value_batch, value_strip, value_stride, D, VALUE_PIECE, VALUE_R, VALUE_K, VALUE_STRIPS, VALUE_SHARED)
     own = query + (batch * HEADS + head) * GROUP * D + g[:, None] * D + f[None, :]
     low = tl.load(own, mask=g[:, None] < GROUP, other=0.0).to(tl.float32) * scale
     high = tl.load(own + HALF, mask=g[:, None] < GROUP, other=0.0).to(tl.float32) * scale
@@ -55,9 +53,7 @@ def _attend(
         token = at + t
         seen = token < tokens
         k_low = rebuild(key_codes, key_tables, token, seen, key_stride, key_token, 0, KEY_PARTS, KEY_W, KEY_STEP, KEY_PIECE, KEY_R, KEY_R, KEY_K, KEY_SHARED)
-        k_high = rebuild(
-            key_codes, key_tables, token, seen, key_stride, key_token, KEY_HIGH, KEY_PARTS, KEY_W, KEY_STEP, KEY_PIECE, KEY_R, KEY_R, KEY_K, KEY_SHARED
-        )
+        k_high = rebuild(key_codes, key_tables, token, seen, key_stride, key_token, KEY_HIGH, KEY_PARTS, KEY_W, KEY_STEP, KEY_PIECE, KEY_R, KEY_R, KEY_K, KEY_SHARED)
         q_low, q_high = low, high
         if ROTARY:
             q_low, q_high = turned(low, high, turns, start + at, BT, f, HALF)

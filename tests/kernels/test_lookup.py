@@ -121,7 +121,7 @@ def test_a_row_without_visible_tokens_weighs_nothing(name, monkeypatch):
     "piece, stages, dtype, share",
     [
         (128, 16, torch.float16, (1, 2, 8)), (128, 16, torch.float8_e4m3fn, (1, 4, 4)), (128, 12, torch.float8_e4m3fn, (1, 4, 3)),
-        (64, 8, torch.float16, (1, 2, 4)), (32, 4, torch.float16, (2, 4, 1)), (32, 4, torch.float8_e4m3fn, (1, 4, 1)), (8, 1, torch.float16, (1, 1, 1)),
+        (64, 8, torch.float16, (1, 2, 4)), (32, 4, torch.float16, (2, 4, 1)), (32, 4, torch.float8_e4m3fn, (1, 4, 1)), (32, 3, torch.float8_e4m3fn, (1, 3, 1)), (128, 6, torch.float16, (1, 2, 3)), (8, 1, torch.float16, (1, 1, 1)),
     ],
 )  # fmt: skip
 def test_shares_of_the_tables_fit_the_cache(piece, stages, dtype, share):

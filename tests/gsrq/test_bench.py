@@ -1,0 +1,52 @@
+"""The attention benchmark on a CPU with Triton's interpreter: what it compares and times is what it says, and what differs gets no time."""
+
+import pytest
+import torch
+
+bench = pytest.importorskip("gsrq.bench_attention", exc_type=ModuleNotFoundError)
+
+
+class Box:
+    def __init__(self):
+        self.rows = []
+
+    def note(self, *row):
+        self.rows.append(row)
+
+    def spend(self, part, *arguments):
+        part(*arguments)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    sizes = {"DEVICE": "cpu", "HEADS": 2, "QUERIES": 4, "DIM": 32, "LAYERS": 2, "HIDDEN": 16, "INNER": 24, "VOCABULARY": 40, "TOKENS": 130, "MEMORY": 5e5}
+    for name, value in sizes.items():
+        monkeypatch.setattr(bench, name, value)
+    monkeypatch.setattr(bench.lookup_bound_triton, "MULTIPROCESSORS", 3)
+    monkeypatch.setattr(bench, "measure", lambda run, sets, **options: [run(i) for i in range(sets)] and (3.0, 2.0, 4.0))
+    return Box()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests/kernels/test_lookup.py has the same on a GPU; here CPU tensors stand for it")
+@pytest.mark.parametrize("name", bench.KERNELS)
+@pytest.mark.parametrize("case", [bench.Case(16, 2), bench.Case(16, 2, shared=True), bench.Case(32, 2, bench.FP8)], ids=lambda c: c.name)
+def test_right_outputs_pass_and_wrong_ones_do_not(small, case, name, monkeypatch):
+    assert bench._difference(small, case, name) is None and small.rows[0][-1] < bench.TOLERANCE
+    right = bench.KERNELS[name].attend
+    monkeypatch.setattr(bench.KERNELS[name], "attend", lambda *a: tuple(1.01 * x for x in right(*a)))
+    assert "differ" in bench._difference(small, case, name)
+
+
+def test_rows_of_a_grid_and_of_steps(small, monkeypatch):
+    monkeypatch.setattr(bench, "verified", lambda box, cases=None: [(bench.Case(16, 2), "tiles")])
+    monkeypatch.setattr(bench, "BACKENDS", {"fp16": bench.SDPBackend.MATH})
+    monkeypatch.setattr(bench.KERNELS["tiles"], "attend", lambda query, *rest: (query.float(), None))
+    bench.grid(small, [(2, 64)])
+    bench.memory(small, tokens=64)
+    assert [row[1] for row in small.rows if row[3] == "time"] == ["fp16", "codes 1 bit d16 fp16 tables, tiles"] * 2
+    cache, batch = 2 * 2 * 2 * 64 * 32 * 2, int(5e5 // (2 * 2 * 2 * 64 * 32 * 2))
+    assert small.rows[2][2] == f"q4 kv2 d32 b{batch} t64" and batch * cache <= 5e5
+    tables = 2 * 2 * 4 * 2 * 256 * 16 * 2
+    coded = int((5e5 - tables) // (cache / 16))
+    assert small.rows[4][2] == f"q4 kv2 d32 b{coded} t64" and small.rows[5][3:5] == ("throughput at equal memory", "tokens/s")
+    assert small.rows[5][-1] == pytest.approx((1e3 * coded / 3e-3, 1e3 * coded / 4e-3, 1e3 * coded / 2e-3))
