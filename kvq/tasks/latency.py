@@ -19,6 +19,7 @@ shape/break_even_tokens     derived from the examples of one batch: the cached t
 
 import contextlib
 import copy
+import gc
 import itertools
 import time
 from collections.abc import Callable, Iterator
@@ -45,13 +46,29 @@ LIMIT = 1e-2
 class Latency:
     """context, batch: lists, every pair is an example, or `pairs` of (batch, context) instead; batch null: as many rows as `cache_gb` holds.
 
-    prefill: longest prompt that is timed, 0 for none; chunk: its pieces. repeats: steps; seconds: for each part of an example at most.
+    prefill: longest prompt that is timed, 0 for none; chunk: its pieces. repeats: steps; seconds: for each part of an example at most; box: after
+    so many seconds no further example begins, each of them is a row that says so.
     """
 
     metric, data, one_pass = "step_ms", "synthetic", False
     alone = True  # fp16 is timed beside every example, in the same process
 
-    def __init__(self, context, batch, pairs, cache_gb, prefill: int, chunk: int, encode: int, repeats: int, seconds: float, limit: int | None, batch_size: int = 1, seed: int = 0):
+    def __init__(
+        self,
+        context,
+        batch,
+        pairs,
+        cache_gb,
+        prefill: int,
+        chunk: int,
+        encode: int,
+        repeats: int,
+        seconds: float,
+        box: float,
+        limit: int | None,
+        batch_size: int = 1,
+        seed: int = 0,
+    ):
         listed = lambda x: x if isinstance(x, list) else [x]  # noqa: E731
         self.pairs = [tuple(pair) for pair in pairs] if pairs else list(itertools.product(listed(batch), listed(context)))
         whole = lambda x, least: isinstance(x, int) and not isinstance(x, bool) and x >= least  # noqa: E731
@@ -63,7 +80,7 @@ class Latency:
             if not whole(tokens, 2) or not (whole(rows, 1) or rows is None and cache_gb):
                 raise Refusal(f"task.pairs holds {list(pair)}: give [batch, tokens] as whole numbers, or batch null with task.cache_gb.")
         self.pairs, self.cache_gb, self.prefill, self.chunk, self.encode = self.pairs[:limit], cache_gb, prefill, chunk, encode
-        self.repeats, self.seconds = repeats, seconds
+        self.repeats, self.seconds, self.box = repeats, seconds, box
 
     def examples(self, lm) -> list[Example]:
         """Payload (batch, tokens, batch of fp16)."""
@@ -90,20 +107,23 @@ class Latency:
 
     @torch.inference_mode()
     def run(self, lm, examples: list[Example]) -> Iterator[Record]:
+        begun = time.monotonic()
         rate = timing.bandwidth(lm.device) if examples else 0.0
         for example in examples:
             rows, tokens, plain_rows = example.payload
             shape = {"shape/batch": float(rows), "shape/tokens": float(tokens), "shape/fp16_batch": float(plain_rows), "rate/copy_gb_per_s": rate / 1e9}
             metrics, reasons = {}, {}
-            for name, part in self._parts(lm, rows, tokens, plain_rows, rate).items():
+            parts = self._parts(lm, rows, tokens, plain_rows, rate)
+            if time.monotonic() - begun > self.box:
+                parts = {"step": self._late}
+            for name, part in parts.items():
                 try:
+                    _free(lm)
                     metrics |= part()
                 except Exception as error:  # whatever ends one part is its result; the others go on
                     reasons[name] = f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
                     metrics[f"failed/{name}"] = 1.0
                     report.say(f"{example.subset}: {name} failed: {reasons[name]}")
-                if lm.device.type == "cuda":
-                    torch.cuda.empty_cache()
             metrics |= shape
             fastest = min((metrics[f"fp16_{name}_ms"] / plain_rows for name in _backends(lm) if f"fp16_{name}_ms" in metrics), default=None)
             if fastest and "step_ms" in metrics:
@@ -130,6 +150,9 @@ class Latency:
                     tokens = before + (tokens - before) * loss / (loss - gain)
                 rows.append({"subset": subset, "metric": "shape/break_even_tokens", "value": tokens, "stderr": 0.0, "n": len(points)})
         return rows
+
+    def _late(self) -> dict:
+        raise Refusal(f"not begun: task.box={self.box:g} seconds were over.")
 
     def _parts(self, lm, rows: int, tokens: int, plain_rows: int, rate: float) -> dict[str, Callable[[], dict]]:
         parts = {"step": lambda: self._step(lm, rows, tokens, rate)}
@@ -259,6 +282,12 @@ def _only(backend: str | None):
 
 def _series(name: str, times: timing.Spread) -> dict[str, float]:
     return {name: times.median, f"{name}/p5": times.p5, f"{name}/p95": times.p95}
+
+
+def _free(lm) -> None:
+    gc.collect()
+    if lm.device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _now(lm) -> float:

@@ -16,7 +16,19 @@ from tests.tasks.test_canary import compose
 
 
 def options(**changes):
-    shipped = {"context": [64, 300], "batch": [1], "pairs": None, "cache_gb": None, "prefill": 64, "chunk": 48, "encode": 32, "repeats": 3, "seconds": 60, "limit": None}
+    shipped = {
+        "context": [64, 300],
+        "batch": [1],
+        "pairs": None,
+        "cache_gb": None,
+        "prefill": 64,
+        "chunk": 48,
+        "encode": 32,
+        "repeats": 3,
+        "seconds": 60,
+        "box": 600,
+        "limit": None,
+    }
     return {**shipped, **changes}
 
 
@@ -82,6 +94,12 @@ def test_what_fails_is_a_row_and_the_rest_goes_on(monkeypatch):
 def test_a_prefill_that_takes_too_long_stops():
     _, (record,) = records(vectors(), context=[64], seconds=0)
     assert "0 of 64 tokens" in record["reasons"]["prefill"] and record["metrics"]["step_ms"] > 0
+
+
+def test_what_does_not_begin_in_time_is_a_row():
+    _, found = records(vectors(), box=0, prefill=0)
+    assert [r["reasons"] for r in found] == [{"step": "Refusal: not begun: task.box=0 seconds were over."}] * 2
+    assert all(r["metrics"]["failed/step"] == 1 and r["metrics"]["shape/tokens"] > 0 for r in found)
 
 
 def test_equal_memory_gives_each_side_its_own_rows():
