@@ -15,6 +15,7 @@ from gsrq.refine import refit
 from gsrq.weights import KINDS, weigh
 from kernels import bitpack, rvq
 from kernels.kmeans import Clustering
+from kernels.lookup_pair import split_half
 
 PIECE = 128  # one head of the paper's models
 CODEBOOKS = {"float16": torch.float16, "float8": torch.float8_e4m3fn}  # what entries are stored in, in units of a power of two near the data's rms
@@ -248,9 +249,7 @@ def _cut(x: Tensor, piece: int) -> Tensor:
 
 
 def _split_half(pairs: Tensor | None, inv_freq: Tensor | None, dim: int) -> Tensor | None:
-    if pairs is None or not torch.equal(pairs.cpu(), torch.arange(dim).view(2, -1).T):
-        return None
-    return inv_freq.float()
+    return inv_freq.float() if pairs is not None and split_half(pairs, dim) else None
 
 
 def _finite(x: Tensor, what: str) -> None:

@@ -36,7 +36,7 @@ class QuantizedLayer(DynamicLayer):
         super().__init__()
         self.codecs, self.sink, self.window, self.prefill, self.memo = (key_codec, value_codec), sink, window, prefill, memo
         self.rope, self.index, self.attention = rope, index, attention
-        self.fused = fuse(key_codec, value_codec) if attention == "fused" else None
+        self.fused = fuse(key_codec, value_codec, rope, index) if attention == "fused" else None
         self._clear()
 
     def _clear(self) -> None:
@@ -220,9 +220,14 @@ class QuantizedLayer(DynamicLayer):
             self.batch_select_indices(torch.arange(len(self.pads)).repeat_interleave(repeats))
 
 
-def fuse(key_codec, value_codec):
-    """What attends over packed codes of this pair: a key codec that has kernels offers `fuse(value codec)`. Raises Refusal if there is none."""
+def fuse(key_codec, value_codec, rope=None, index: int = 0):
+    """What attends over packed codes of this pair: a key codec that has kernels offers `fuse(value codec)`. Raises Refusal if there is none.
+
+    What it offers may still want the rotation of the layer (`unturned`), and refuse one that its kernel does not do.
+    """
     pair = key_codec.fuse(value_codec) if hasattr(key_codec, "fuse") else None
+    if getattr(pair, "unturned", False) and not pair.turn(*rope.pairs(index)):
+        pair = None
     if pair is None:
         names = f"keys of {type(key_codec).__name__} and values of {type(value_codec).__name__} with these options"
         raise Refusal(f"attention=fused: no kernel reads {names} from packed codes; use attention=reference.")

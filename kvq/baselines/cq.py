@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from kernels.bitpack import pack, packed_bytes, unpack
 from kernels.kmeans import kmeans, nearest
+from kernels.lookup import Coded
+from kernels.lookup_pair import Pair, serves
 from kernels.rvq import rows_of
 from kvq.baselines.inputs import accept, finite, fitted, half, sizes
 
@@ -115,6 +117,16 @@ class CQ(nn.Module):
         labels = unpack(packed, self.code_bits, groups).permute(1, 3, 0, 2).reshape(heads * groups, -1)
         vectors = rows_of(self.codebook.flatten(0, 1), labels).view(heads, groups, batch, tokens, self.coupled)
         return vectors.permute(2, 0, 3, 1, 4).flatten(3).contiguous()
+
+    def fuse(self, value: nn.Module) -> Pair | None:
+        """What attends over packed codes of these keys and the values of `value`, or None: 8-bit codes of heads that a kernel serves."""
+        if type(value) is not CQ or self.code_bits != 8 or value.code_bits != 8 or not torch.equal(self.shape, value.shape):
+            return None
+        dim = fitted(self.shape)[1]
+        return Pair(self._read, value._read, dim, self.space) if serves(dim, self.coupled, value.coupled) else None
+
+    def _read(self, codes: dict[str, Tensor]) -> Coded:
+        return Coded(codes["codes"].mT, self.codebook.flatten(0, 1)[:, None])
 
 
 def _balanced(weights: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from kernels.bitpack import pack, packed_bytes, unpack
 from kernels.kmeans import kmeans, nearest, sums
+from kernels.lookup import Coded
+from kernels.lookup_pair import Pair, serves
 from kernels.rvq import decode, encode, rows_of
 from kvq.baselines.inputs import accept, finite, fitted, half, sizes
 
@@ -131,6 +133,18 @@ class VQLLM(nn.Module):
         vectors = decode(labels.reshape(1, -1, depth), self.codebook.unsqueeze(0)).view(*labels.shape[:3], dim // size, size)
         x = vectors.transpose(3, 4) if self.strided else vectors
         return x.flatten(3) * codes["scale"].float().unsqueeze(-1)
+
+    def fuse(self, value: nn.Module) -> Pair | None:
+        """What attends over packed codes of these keys and the values of `value`, or None: 8-bit codes, values in consecutive channels."""
+        if type(value) is not VQLLM or value.strided or self.code_bits != 8 or value.code_bits != 8 or not torch.equal(self.shape, value.shape):
+            return None
+        heads, dim = fitted(self.shape)
+        return Pair(self._read, value._read, dim, self.space) if serves(dim, self.codebook.shape[2], value.codebook.shape[2]) else None
+
+    def _read(self, codes: dict[str, Tensor]) -> Coded:
+        heads, dim = fitted(self.shape)
+        tables = self.codebook.expand(heads * dim // self.codebook.shape[2], -1, -1, -1)
+        return Coded(codes["codes"].mT, tables, codes["scale"], self.strided)
 
     def _depth(self, size: int) -> int:
         depth = self.label * size / self.code_bits
