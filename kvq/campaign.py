@@ -25,6 +25,8 @@ HEAVY = ("niah", "longbench")
 """Tasks whose batches of long prompts fill a GPU's memory."""
 SLOWEST = ("niah", "longbench", "aime", "choices", "perplexity")
 """The order in which tasks are handed out, others after them: a long cell that starts last is waited for by all."""
+ALONE = ("latency",)
+"""Tasks that need the machine to themselves; they are left to `python -m kvq.bench_decode`."""
 
 
 def cells(experiments: list[str], words: list[str]) -> list[list[str]]:
@@ -45,7 +47,7 @@ def cells(experiments: list[str], words: list[str]) -> list[list[str]]:
             for batch in BasicSweeper.split_arguments(parser.parse_overrides(asked), None):
                 for cell in batch:
                     found.setdefault(tuple(sweep.essence(cell)), cell)
-    return sorted(found.values(), key=_slowness)
+    return sorted((cell for cell in found.values() if _task(cell) not in ALONE), key=_slowness)
 
 
 def _slowness(cell: list[str]) -> int:
