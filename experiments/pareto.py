@@ -4,12 +4,13 @@ Stored bits are what a token costs in a running cache; all-in bits add codebooks
 length, where vector quantizers pay for their tables.
 """
 
+import json
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from experiments import scores, style
+from experiments import committed, scores, style
 from experiments.tables import Table, spread
 
 PANELS = (
@@ -28,7 +29,20 @@ FEWEST = 3
 
 def rows(results: Path = Path("results"), model: str = "standin") -> pd.DataFrame:
     parts = [scores.gather(results, model, {TASKS[name]: metric}).assign(panel=name) for name, metric, _ in PANELS + TABLED]
+    parts.append(streamed(results, model))
     return pd.concat([p for p in parts if len(p)], ignore_index=True) if any(map(len, parts)) else parts[0]
+
+
+def streamed(results: Path, model: str) -> pd.DataFrame:
+    """Loss token by token, panel `streamed`, and of the same windows in one pass, panel `one pass`: one row each per run that has both."""
+    loss = committed.shipped(committed.load(results, model=model, task="perplexity", metric="loss_minus_fp16"))
+    loss = loss[loss["quant"] != "fp16"]
+    options = zip(loss["options"], loss["calib"])
+    told = [json.dumps([{**o["task"], "streamed": None, "batch_size": None}, calib != "none" and o["calib"]], sort_keys=True) for o, calib in options]
+    bits = {f"{kind}_bits": committed.option(loss, f"quant.{kind}.bits") for kind in ("key", "value")}
+    loss = loss.assign(same=told, step=committed.option(loss, "task.streamed"), **bits)
+    pairs = loss.groupby(["quant", "key_bits", "value_bits", "seed", "same"])["step"].transform("nunique") == 2
+    return loss[pairs].assign(panel=loss["step"].map({True: "streamed", False: "one pass"}))[[*(c for c in scores.KEEP if c != "fp16"), "panel"]]
 
 
 def draw(rows: pd.DataFrame):
@@ -55,7 +69,7 @@ def table(rows: pd.DataFrame) -> Table:
     fp16 = {name: rows[rows["panel"] == name]["fp16"].mean() for name in columns}
     lines = [{"method": "fp16", "bits K/V": "16/16", "stored": "16.000", "all-in": "16.00", "loss above fp16": f"(loss {fp16['loss']:.3f})", "KL to fp16": "0",
               "top-1 agreement": "1", "LongBench": f"{fp16['longbench']:.1f}", "needles": f"{fp16['niah']:.1f}", "seeds": ""}]  # fmt: skip
-    for (quant, key, value), group in rows.groupby(["quant", "key_bits", "value_bits"]):
+    for (quant, key, value), group in rows[rows["panel"].isin(columns)].groupby(["quant", "key_bits", "value_bits"]):
         text = group[group["panel"] == "loss"]
         total = (text if len(text) else group)["bits_total"].mean()
         line = {"method": style.label(quant), "bits K/V": f"{key:g}/{value:g}", "stored": f"{group['bits_stored'].mean():.3f}", "all-in": f"{total:.2f}"}
@@ -63,9 +77,15 @@ def table(rows: pd.DataFrame) -> Table:
             part = group[group["panel"] == name]
             line[title] = spread(part["value"], part["stderr"], digits)
         lines.append({**line, "seeds": group["seed"].nunique()})
-    return Table(
+    made = Table(
         "Every method at every budget, shipped options; loss and KL in nats per token, top-1 agreement with fp16 as a share of positions, "
         "scores in percent; ± over seeds, or one standard error with one seed; "
         "the column seeds counts those of the loss, LongBench has one and needles mostly one. "
         "Scored in one pass, so an exact window (KIVI's 128 tokens) is seen by the last queries only. All-in bits are of the perplexity run."
     ).add("", pd.DataFrame(lines))
+    lines = []
+    for (quant, key, value), group in rows[rows["panel"].isin(("streamed", "one pass"))].groupby(["quant", "key_bits", "value_bits"]):
+        line = {"method": style.label(quant), "bits K/V": f"{key:g}/{value:g}", "stored": f"{group['bits_stored'].mean():.3f}", "windows": f"{group['n'].max():.0f}"}
+        lines.append({**line, **{name: spread(part["value"], part["stderr"]) for name, part in group.groupby("panel")}})
+    title = "The same windows in one pass and token by token (task.streamed=true, every query with its exact window): loss above fp16"
+    return made.add(title, pd.DataFrame(lines)) if lines else made

@@ -161,3 +161,11 @@ def test_budget_tells_starts_apart_and_counts_seeds(tmp_path):
     assert "| k-means++ | 2.0000 ± 0.0000 (3) | 1.0000 ± 0.0000 (3) |" in budget.table(made).markdown()
     assert budget.rises(made)["rises"].all()
     assert not budget.rises(made.assign(value=-made["value"]))["rises"].any()
+
+
+def test_a_streamed_run_stands_beside_the_same_windows_in_one_pass(folder):
+    assert "token by token" not in pareto.table(pareto.rows(folder)).markdown()
+    for limit, step, value in ((4, True, 0.25), (4, False, 0.5), (8, True, 0.125)):
+        write(folder, "kivi", 2, 0, value, config={**CONFIG, "task": {"limit": limit, "streamed": step}}, calib="none")
+    made = pareto.table(pareto.rows(folder)).markdown()
+    assert "token by token" in made and "| KIVI (window 128) | 2/2 | 2.000 | 4 | 0.500 ± 0.100 | 0.250 ± 0.100 |" in made
