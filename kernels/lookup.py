@@ -16,6 +16,8 @@ from kernels.attention import attend as dense
 
 KERNEL = "tiles"  # tiles or bound; bound has not run on a GPU yet (kernels/NOTES.md)
 
+NARROWEST = 32  # channels of a head that the kernels read: half of them is the least a product takes; narrower heads are read as defined
+
 
 class Coded(NamedTuple):
     """T tokens of one layer's keys or values, all heads; a head's channels are M pieces, or a part of one piece."""
@@ -51,7 +53,7 @@ def attend(query: Tensor, keys: Coded, values: Coded, tokens: int, scale: float,
 
     inv_freq [D/2] and base [B] (position of token 0, integers): given for keys coded before RoPE. first [B]: first visible token.
     """
-    if query.is_cuda:
+    if query.is_cuda and query.shape[2] >= NARROWEST:
         from kernels import lookup_bound_triton, lookup_triton
 
         kernel = {"tiles": lookup_triton, "bound": lookup_bound_triton}[KERNEL]

@@ -86,7 +86,7 @@ def _attend(
 def attend(
     query: Tensor, keys, values, tokens: int, scale: float, inv_freq: Tensor | None = None, base: Tensor | None = None, first: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """As :func:`kernels.lookup.attend`; D a power of two from 16 on, pieces that divide D/2 or are multiples of it, values not strided."""
+    """As :func:`kernels.lookup.attend`; D a power of two from 32 on, pieces that divide D/2 or are multiples of it, values not strided."""
     batch, queries, dim = query.shape
     heads = keys.tables.shape[0] * keys.tables.shape[3] // dim
     group = queries // heads

@@ -16,8 +16,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = {  # batch, heads, queries per head, D, tokens, key piece and stages, value piece and stages, entries, then options of `problem`
     "pieces of half a head": (2, 2, 2, 32, 150, 16, 3, 8, 2, 16, {}),
     "pieces over two heads, padding": (1, 2, 4, 32, 70, 64, 2, 32, 3, 256, {"hidden": 3}),
-    "whole heads, after RoPE": (1, 4, 1, 16, 130, 8, 1, 16, 2, 16, {"rotary": False, "hidden": 7}),
-    "one token": (1, 1, 5, 16, 1, 16, 1, 16, 1, 4, {}),
+    "whole heads, after RoPE": (1, 4, 1, 32, 130, 8, 1, 32, 2, 16, {"rotary": False, "hidden": 7}),
+    "one token": (1, 1, 5, 32, 1, 16, 1, 16, 1, 4, {}),
     "a sliding window: whole tiles hidden, each row its own": (3, 1, 2, 32, 200, 16, 2, 32, 2, 16, {"hidden": 70, "apart": 60}),
     "eight bits, narrow pieces": (1, 2, 2, 64, 90, 8, 4, 8, 4, 32, {"dtype": torch.float8_e4m3fn}),
     "one shared table, codes by heads, sizes, strided keys": (2, 2, 2, 32, 100, 16, 2, 8, 3, 16, {"strips": True, "shared": True, "sized": True, "strided": True}),
@@ -112,7 +112,7 @@ def test_far_positions_keep_their_angle(name, monkeypatch):
 @pytest.mark.parametrize("name", KERNELS)
 def test_a_row_without_visible_tokens_weighs_nothing(name, monkeypatch):
     monkeypatch.setattr(bound, "MULTIPROCESSORS", 3)
-    query, keys, values, tokens, scale, *_ = problem(2, 1, 2, 16, 20, 16, 1, 16, 1, 4, rotary=False)
+    query, keys, values, tokens, scale, *_ = problem(2, 1, 2, 32, 20, 16, 1, 32, 1, 4, rotary=False)
     output, lse = KERNELS[name].attend(query, keys, values, tokens, scale, None, None, torch.tensor([0, 20], device=DEVICE))
     assert lse[1].isneginf().all() and not output[1].any() and lse[0].isfinite().all()
 
@@ -121,7 +121,8 @@ def test_a_row_without_visible_tokens_weighs_nothing(name, monkeypatch):
     "piece, stages, dtype, share",
     [
         (128, 16, torch.float16, (1, 2, 8)), (128, 16, torch.float8_e4m3fn, (1, 4, 4)), (128, 12, torch.float8_e4m3fn, (1, 4, 3)),
-        (64, 8, torch.float16, (1, 2, 4)), (32, 4, torch.float16, (2, 4, 1)), (32, 4, torch.float8_e4m3fn, (1, 4, 1)), (32, 3, torch.float8_e4m3fn, (1, 3, 1)), (128, 6, torch.float16, (1, 2, 3)), (8, 1, torch.float16, (1, 1, 1)),
+        (128, 6, torch.float16, (1, 2, 3)), (64, 8, torch.float16, (1, 2, 4)), (32, 4, torch.float16, (2, 4, 1)),
+        (32, 4, torch.float8_e4m3fn, (1, 4, 1)), (32, 3, torch.float8_e4m3fn, (1, 3, 1)), (8, 1, torch.float16, (1, 1, 1)),
     ],
 )  # fmt: skip
 def test_shares_of_the_tables_fit_the_cache(piece, stages, dtype, share):
