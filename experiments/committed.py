@@ -63,8 +63,8 @@ def one_setting(rows: pd.DataFrame) -> pd.DataFrame:
         best_task, best_calib = runs.groupby(["_task", "_calib"]).size().idxmax()
         same = (task == best_task) & ((calib == best_calib) | (part["calib"] == "none"))
         if not same.all():
-            others = sorted({_difference(best_task, t) + _difference(best_calib, c, "calib.") for t, c in zip(task[~same], calib[~same])})
-            log.warning("%s: %d runs of another size stay out: %s", name, part[~same]["run"].nunique(), "; ".join(" ".join(o) for o in others))
+            others = _differences(best_task, task[~same], "task.") + _differences(best_calib, calib[~same], "calib.")
+            log.warning("%s: %d runs of another size stay out: %s", name, part[~same]["run"].nunique(), "; ".join(others))
         kept.append(part[same])
     return pd.concat(kept)
 
@@ -89,9 +89,10 @@ def _options(rows: pd.DataFrame, group: str) -> pd.Series:
     return rows["options"].map(lambda o: json.dumps({k: v for k, v in o[group].items() if k not in ("batch_size", "memory_gb", "chunk", "train")}, sort_keys=True))
 
 
-def _difference(kept: str, other: str, prefix: str = "") -> tuple[str, ...]:
-    mine, theirs = json.loads(kept), json.loads(other)
-    return tuple(f"{prefix}{k}={theirs.get(k)} (here {mine.get(k)})" for k in sorted({*mine, *theirs}) if mine.get(k) != theirs.get(k))
+def _differences(kept: str, others: pd.Series, prefix: str) -> list[str]:
+    mine, theirs = json.loads(kept), [json.loads(other) for other in others.unique()]
+    differing = {k: sorted({str(other.get(k)) for other in theirs} - {str(mine.get(k))}) for k in {*mine, *(k for other in theirs for k in other)}}
+    return [f"{prefix}{k}={', '.join(values)} (here {mine.get(k)})" for k, values in sorted(differing.items()) if values]
 
 
 def shipped(rows: pd.DataFrame, allowed: tuple[str, ...] = ()) -> pd.DataFrame:
