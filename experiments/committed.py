@@ -16,12 +16,15 @@ log = logging.getLogger(__name__)
 @functools.lru_cache(maxsize=4)
 def _load(folder: Path, state: tuple) -> pd.DataFrame:
     frame = store.load(folder)
-    runs = frame.drop_duplicates("run").set_index("run")["config"]
-    return frame.assign(options=frame["run"].map({run: json.loads(config) for run, config in runs.items()}))
+    runs = frame.drop_duplicates("run").set_index("run")
+    options = {run: json.loads(config) for run, config in runs["config"].items()}
+    cells = pd.Series([store.fingerprint(r.quant, r.task, options[r.Index]) for r in runs.itertuples()], runs.index)
+    latest = set(runs.assign(cell=cells).sort_values("date").drop_duplicates("cell", keep="last").index)
+    return frame.assign(options=frame["run"].map(options))[frame["run"].isin(latest)]
 
 
 def load(results: Path, **where) -> pd.DataFrame:
-    """Rows under `results`/runs filtered by column values, with the parsed configuration in column `options`."""
+    """Rows under `results`/runs filtered by column values, with the parsed configuration in column `options`; of several runs of one cell the latest."""
     files = sorted(Path(results).glob("runs/*.parquet"))
     rows = _load(Path(results), tuple((f.name, f.stat().st_mtime_ns) for f in files))
     for column, wanted in where.items():
@@ -86,7 +89,7 @@ def calibration(rows: pd.DataFrame) -> pd.Series:
 
 
 def _options(rows: pd.DataFrame, group: str) -> pd.Series:
-    return rows["options"].map(lambda o: json.dumps({k: v for k, v in o[group].items() if k not in ("batch_size", "memory_gb", "chunk", "train")}, sort_keys=True))
+    return rows["options"].map(lambda o: json.dumps({k: v for k, v in o[group].items() if v is not None and k not in (*store.HOW, "train")}, sort_keys=True))
 
 
 def _differences(kept: str, others: pd.Series, prefix: str) -> list[str]:

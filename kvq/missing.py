@@ -17,10 +17,6 @@ from pathlib import Path
 from kvq import campaign, entry, results, sweep
 from kvq.errors import Refusal
 
-LEFT_OUT = ("batch_size", "chunk", "memory_gb")
-"""Options that say how a cell is computed, not what."""
-
-
 def cells(experiment: str, words: list[str], known: dict[str, list[str]]) -> list[tuple[str, str, str]]:
     """(state, what sets the cell apart, reason or run) for every cell: finished, renamed, refused or missing. known: `fingerprints` of the rows there are.
 
@@ -45,21 +41,10 @@ def cells(experiment: str, words: list[str], known: dict[str, list[str]]) -> lis
             except Refusal as refusal:
                 found.append(("refused", name, str(refusal)))
                 continue
-            others = known.get(fingerprint(choices["quant"], choices["task"], cell.resolved), [])
+            others = known.get(results.fingerprint(choices["quant"], choices["task"], cell.resolved), [])
             state = "finished" if finished(cell) else "renamed" if others else "missing"
             found.append((state, name, cell.run if state == "finished" else ", ".join(others)))
     return found
-
-
-def fingerprint(quant: str, task: str, options: dict) -> str:
-    """A cell's options as its rows keep them, without those that are empty or that do not change what is computed."""
-
-    def told(node):
-        return {k: told(v) for k, v in node.items() if v is not None and k not in LEFT_OUT} if isinstance(node, dict) else node
-
-    model = {k: v for k, v in options["model"].items() if k not in ("dtype", "device", "device_map", *LEFT_OUT)}
-    parts = {**{k: options[k] for k in ("quant", "task", "calib", "prefill", "seed")}, "model": model}
-    return json.dumps([quant, task, told(parts)], sort_keys=True, default=str)
 
 
 def fingerprints(folder: Path) -> dict[str, list[str]]:
@@ -67,7 +52,7 @@ def fingerprints(folder: Path) -> dict[str, list[str]]:
     rows = results.load(folder).drop_duplicates("run")
     found: dict[str, list[str]] = {}
     for row in rows.itertuples():
-        found.setdefault(fingerprint(row.quant, row.task, json.loads(row.config)), []).append(row.run)
+        found.setdefault(results.fingerprint(row.quant, row.task, json.loads(row.config)), []).append(row.run)
     return found
 
 

@@ -43,6 +43,24 @@ def _canonical(value):
     return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
 
 
+HOW = ("batch_size", "chunk", "memory_gb", "dtype", "device", "device_map")
+"""Options that say how a cell is computed, not what."""
+
+
+def fingerprint(quant: str, task: str, options: Mapping) -> str:
+    """What a run's own options ask for, as 8 hex digits: without empty options, those of HOW and the label of the bits.
+
+    Runs of one cell have different names if they were made in another number type, or before an option or the version of embedded examples entered the name.
+    """
+
+    def told(node):
+        return {k: told(v) for k, v in node.items() if v is not None and k not in HOW} if isinstance(node, Mapping) else node
+
+    parts = {k: options[k] for k in ("model", "task", "calib", "prefill", "seed")}
+    codecs = {k: v for k, v in options["quant"].items() if k != "bits"}
+    return run_id({"names": [quant, task], "fused": options.get("attention") == "fused", **told({**parts, "quant": codecs})})
+
+
 def write(rows: list[dict], path: Path) -> pd.DataFrame:
     """Check rows against the schema and write one parquet through a temporary file. Raises ValueError on a bad row."""
     frame = pd.DataFrame(rows)

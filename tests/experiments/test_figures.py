@@ -11,11 +11,11 @@ from kvq import results
 CONFIG = {"quant": {"key": {"bits": 1, "cluster": {"start": "spherical"}}, "value": {"bits": 1}}, "prefill": "quantized", "task": {"limit": 4}, "calib": {"samples": 8}}
 
 
-def write(folder, quant, bits, seed, value, task="perplexity", config=CONFIG, calib="text"):
+def write(folder, quant, bits, seed, value, task="perplexity", config=CONFIG, calib="text", date=""):
     metric = "loss" if task == "perplexity" else "score"
     common = {"model": "standin", "data": "embedded", "calib": calib, "encoded_tokens": 10, "stderr": 0.1, "n": 4, "commit": "", "dirty": False,
-              "date": "", "device": "cpu", "torch": "", "transformers": ""}  # fmt: skip
-    config = {**config, "quant": {**config["quant"], "key": {**config["quant"]["key"], "bits": bits}, "value": {"bits": bits}}}
+              "date": date, "device": "cpu", "torch": "", "transformers": ""}  # fmt: skip
+    config = {"model": {}, "seed": seed, **config, "quant": {**config["quant"], "key": {**config["quant"]["key"], "bits": bits}, "value": {"bits": bits}}}
     values = {metric: value + 1, f"{metric}_fp16": 1.0, f"{metric}_minus_fp16": value, "kl": value}
     run = results.run_id({"q": quant, "b": bits, "s": seed, "t": task, "c": config})
     rows = [{**common, "run": run, "quant": quant, "task": task, "bits": bits, "bits_stored": bits, "bits_total": bits + 1, "subset": "text", "metric": name,
@@ -169,3 +169,11 @@ def test_a_streamed_run_stands_beside_the_same_windows_in_one_pass(folder):
         write(folder, "kivi", 2, 0, value, config={**CONFIG, "task": {"limit": limit, "streamed": step}}, calib="none")
     made = pareto.table(pareto.rows(folder)).markdown()
     assert "token by token" in made and "| KIVI (window 128) | 2/2 | 2.000 | 4 | 0.500 ± 0.100 | 0.250 ± 0.100 |" in made
+
+
+def test_of_several_runs_of_one_cell_the_latest_is_read(tmp_path):
+    """A run's name changes with its number type and with new options; its rows must not be taken for another seed's."""
+    old = write(tmp_path, "gsrq", 2, 0, 0.1, config={**CONFIG, "model": {"dtype": "float32"}}, date="2026-01-01T00:00:00Z")
+    new = write(tmp_path, "gsrq", 2, 0, 0.2, config={**CONFIG, "model": {"dtype": "bfloat16"}, "task": {"limit": 4, "later": None}}, date="2026-01-02T00:00:00Z")
+    other = write(tmp_path, "gsrq", 2, 1, 0.3, date="2026-01-01T00:00:00Z")
+    assert old != new and set(committed.load(tmp_path)["run"]) == {new, other}
