@@ -17,6 +17,7 @@ from pathlib import Path
 from kvq import campaign, entry, results, sweep
 from kvq.errors import Refusal
 
+
 def cells(experiment: str, words: list[str], known: dict[str, list[str]]) -> list[tuple[str, str, str]]:
     """(state, what sets the cell apart, reason or run) for every cell: finished, renamed, refused or missing. known: `fingerprints` of the rows there are.
 
