@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from kernels.kmeans import nearest, product
 
@@ -34,6 +35,19 @@ def encode(x: Tensor, codebooks: Tensor, beam: int = 1) -> Tensor:
         rows = slice(begin, begin + step)
         codes[:, rows] = _beam(x[:, rows].float(), codebooks, beam)
     return codes
+
+
+_biases = WeakTensorKeyDictionary()
+
+
+def bias_of(codebooks: Tensor) -> Tensor:
+    """-|entry|^2 / 2, float32 [G, R, K], of codebooks [G, R, K, D] that never change in place: kept as long as they live.
+
+    Coding one token reads each table once; its norms would read it again and write it twice as large.
+    """
+    if codebooks not in _biases:
+        _biases[codebooks] = codebooks.float().square().sum(-1) * -0.5
+    return _biases[codebooks]
 
 
 def decode(codes: Tensor, codebooks: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.rvq import bias_of
+
 ROWS = 64  # partial sums of a tile; with 256 entries their scores take 64 registers of each of 256 threads
 ENTRIES = 256  # more do not fit beside each other
 
@@ -69,7 +71,7 @@ def encode(x: Tensor, codebooks: Tensor, beam: int) -> Tensor:
     n = x.shape[1]
     if x.stride(2) != 1:
         x = x.contiguous()
-    bias = codebooks.float().square().sum(-1) * -0.5
+    bias = bias_of(codebooks)
     slots = triton.next_power_of_2(beam)
     codes, parents = (torch.empty(groups, stages, n, slots, dtype=torch.uint8, device=x.device) for _ in range(2))
     tile = ROWS // slots

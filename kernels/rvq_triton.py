@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.rvq import bias_of
+
 # (tokens, entries, warps, stages) of a tile by the widest piece it serves; measured on an H200 (kernels/NOTES.md)
 TILES = {64: (128, 64, 4, 3), 128: (64, 128, 4, 2), 256: (64, 64, 8, 2)}
 
@@ -54,7 +56,7 @@ def encode(x: Tensor, codebooks: Tensor, split: bool = True, tile: tuple[int, in
     n = x.shape[1]
     if x.stride(2) != 1:
         x = x.contiguous()
-    bias = codebooks.float().square().sum(-1) * -0.5
+    bias = bias_of(codebooks)
     codes = torch.empty(n, groups, stages, dtype=torch.uint8 if entries <= 256 else torch.int32, device=x.device)
     block = max(16, triton.next_power_of_2(width))
     rows, columns, warps, depth = tile or TILES[max(64, block)]

@@ -56,3 +56,14 @@ def test_chunks_do_not_change_the_codes(beam, monkeypatch):
     whole = rvq.encode(x, codebooks, beam)
     monkeypatch.setattr("kernels.rvq.SCORES", 2 * 16 * 24)
     assert torch.equal(whole, rvq.encode(x, codebooks, beam))
+
+
+def test_norms_are_made_once_and_go_with_their_tables():
+    tables = torch.randn(2, 3, 16, 8).half()
+    first = rvq.bias_of(tables)
+    assert rvq.bias_of(tables) is first and torch.equal(first, tables.float().square().sum(-1) * -0.5)
+    twin = tables.clone()
+    assert rvq.bias_of(twin) is not first
+    before = len(rvq._biases)
+    del twin
+    assert len(rvq._biases) == before - 1
