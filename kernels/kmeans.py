@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding_bag, linear, max_pool2d
+from torch.nn.functional import embedding_bag, linear, max_pool2d, pad
 
 STARTS = ("random", "kmeans++", "spherical", "equal_norm")
 TINY = torch.finfo(torch.float32).tiny
@@ -259,8 +259,18 @@ def _take(x: Tensor, index: Tensor) -> Tensor:
 
 def _draw(mass: Tensor, uniform: Tensor) -> Tensor:
     # Inverse transform sampling in float64: a float32 running sum over 10^5 vectors would lose the small ones.
-    steps = mass.double().cumsum(-1)
-    return torch.searchsorted(steps, uniform.double() * steps[..., -1:], right=True).clamp_max(mass.shape[-1] - 1)
+    if mass.is_cuda:
+        steps = mass.double().cumsum(-1)
+        return torch.searchsorted(steps, uniform.double() * steps[:, -1:], right=True).clamp_max(mass.shape[1] - 1)
+    # A run of vectors first, then one of its members: a CPU takes the additions of a running sum over all one after the other.
+    runs = pad(mass, (0, -mass.shape[1] % LANES)).unflatten(1, (-1, LANES))
+    steps = runs.sum(-1, dtype=torch.float64).cumsum(-1)
+    target = uniform.double() * steps[:, -1:]
+    run = torch.searchsorted(steps, target, right=True).clamp_max(steps.shape[1] - 1)
+    before = torch.where(run > 0, steps.gather(1, (run - 1).clamp_min(0)), 0.0)
+    inside = runs.gather(1, run[..., None].expand(-1, -1, LANES)).double().cumsum(-1)
+    place = torch.searchsorted(inside, (target - before)[..., None], right=True)[..., 0].clamp_max(LANES - 1)
+    return (run * LANES + place).clamp_max(mass.shape[1] - 1)
 
 
 def _plusplus(x: Tensor, weights: Tensor, entries: int, generator: torch.Generator) -> Tensor:
@@ -268,13 +278,14 @@ def _plusplus(x: Tensor, weights: Tensor, entries: int, generator: torch.Generat
         sample = torch.randperm(x.shape[1], generator=generator)[: SEEDING * entries].to(x.device)
         x, weights = x[:, sample], weights[:, sample]
     x = x.float()
+    columns = x.mT.contiguous()
     uniform = torch.rand(entries, x.shape[0], 1, generator=generator).to(x.device)
     squares = x.square().sum(-1)
     distance, chosen = torch.full_like(squares, torch.inf), []
     for k in range(entries):
         odds = weights if k == 0 else weights * distance
         chosen.append(_take(x, _draw(odds, uniform[k])))
-        new = squares - 2 * (x @ chosen[-1].mT)[..., 0] + chosen[-1].square().sum(-1)
+        new = torch.baddbmm(squares[:, None], chosen[-1], columns, alpha=-2)[:, 0] + chosen[-1].square().sum(-1)
         distance = torch.minimum(distance, new.clamp_min(0))
     return torch.cat(chosen, 1)
 
