@@ -6,6 +6,7 @@ A step feeds the last token and appends the next, greedily. What a step needs li
 """
 
 import copy
+import functools
 
 import torch
 from torch import Tensor
@@ -34,6 +35,11 @@ class Progress:
         self.first = torch.tensor(pads, dtype=torch.int32, device=device)
         self.pace = torch.full_like(self.lengths, int(not still))
         self.padded = any(pads)
+
+    @functools.cached_property
+    def positions(self) -> Tensor:
+        """[B, capacity] of all tokens, one table for all layers."""
+        return torch.arange(self.capacity, device=self.first.device) - self.first[:, None]
 
     def begin(self) -> Tensor:
         """Positions [B, 1] of the tokens being fed."""
@@ -123,20 +129,19 @@ class CodesStep(StepLayer):
         for stream in layer.streams:  # one at a time, so that no two are held twice
             stream.held = Room({name: self.room(leaf) for name, leaf in stream.codes.items()}, progress)
             self.held.append(stream.held)
-        self.positions = torch.arange(progress.capacity, device=progress.first.device) - progress.first[:, None]
         self.early = layer.codecs[0].space == "pre"
         self.stretch = self.rope.scaling(self.index) if self.early else 1.0
 
     def append(self, key: Tensor, value: Tensor) -> None:
         if self.early:
-            key = self.rope.unrotate(key, self.positions.index_select(1, self.progress.at), self.index)
+            key = self.rope.unrotate(key, self.progress.positions.index_select(1, self.progress.at), self.index)
         for codec, held, x in zip(self.codecs, self.held, (key, value)):
             for name, leaf in codec.encode_unchecked(x).items():
                 held.buffers[name].index_copy_(2, self.progress.at, leaf)
 
     def decode(self, query: Tensor, position_ids: Tensor | None, scale: float) -> Tensor:
         p = self.progress
-        options = {"scale": scale * self.stretch, "first": p.first if p.padded else None, "positions": self.positions if self.early else None}
+        options = {"scale": scale * self.stretch, "first": p.first if p.padded else None, "positions": p.positions if self.early else None}
         output, _ = self.fused.attend(query[:, :, 0], *self.held, p.tokens + 1, **options)
         return output[:, None].to(query.dtype)
 

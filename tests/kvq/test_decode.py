@@ -69,13 +69,24 @@ def test_a_still_decoder_repeats_its_step(kind):
 
 
 class NoReading(TorchDispatchMode):
-    """Raises where the host would wait for a value or a size of the device."""
+    """Raises where the host would wait for a value or a size of the device, or send it one (`lift_fresh`: torch.tensor)."""
 
-    FORBIDDEN = ("aten._local_scalar_dense", "aten.nonzero", "aten.item", "aten.is_nonzero", "aten.equal", "aten.masked_select", "aten.unique", "aten._unique2", "aten.allclose")
+    FORBIDDEN = (
+        "aten._local_scalar_dense",
+        "aten.nonzero",
+        "aten.item",
+        "aten.is_nonzero",
+        "aten.equal",
+        "aten.masked_select",
+        "aten.unique",
+        "aten._unique2",
+        "aten.allclose",
+        "aten.lift_fresh",
+    )
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if str(function).startswith(self.FORBIDDEN):
-            raise AssertionError(f"{function} reads back to the host")
+            raise AssertionError(f"{function} reads back to the host, or copies from it")
         return function(*args, **(kwargs or {}))
 
 
