@@ -19,7 +19,7 @@ from kvq.record import record
 from kvq.rope import Rope
 
 Make = Callable[[], Quantizer]
-STREAMS = 4  # codecs fitted at once on a GPU; each holds a few copies of its layer's activations
+STREAMS = 4  # codecs fitted at once; each holds a few copies of its layer's activations
 
 
 def text(source: str) -> str:
@@ -103,10 +103,20 @@ def fit(model, samples: list[Tensor], make_key: Make, make_value: Make, *, seed:
 
 
 def _each(call: Callable[[tuple], None], jobs: list[tuple], device: torch.device) -> None:
-    """`call` every job; on CUDA, STREAMS at a time. Fits wait for the host after every round, and the kernels of others fill the gaps."""
+    """`call` every job, STREAMS at a time. On CUDA the kernels of other fits fill the gaps of one that waits for the host; on a CPU fits share the cores.
+
+    A fit is thousands of short products. Threads that meet after every one of them lose more time in waiting than they win, many times more
+    where other processes want the cores too, so each fit keeps to its share of the threads; what it learns does not depend on their number.
+    """
     if device.type != "cuda":
-        for job in jobs:
-            call(job)
+        threads = torch.get_num_threads()
+        workers = min(STREAMS, threads, max(1, len(jobs)))
+        torch.set_num_threads(threads // workers)  # what threads started from here on begin with
+        try:
+            with ThreadPoolExecutor(workers) as pool:
+                list(pool.map(call, jobs))
+        finally:
+            torch.set_num_threads(threads)
         return
 
     def apart(job: tuple) -> None:
