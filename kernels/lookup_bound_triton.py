@@ -3,7 +3,8 @@
 Obeys `kernels.lookup`. Both products are linear in the stages and in the channels. A program of `_scores` rebuilds keys from a few stages
 (or a few pieces) of one KV head for a long stretch of tokens and writes partial scores, `_join` adds them up, and a program of `_values`
 gathers its share of the value rows for a stretch. Shares of channels are disjoint, shares of stages are added by the merge, stretches of
-tokens are joined by log-sum-exp. Partial scores are float32: 4 bytes per key share, token and query head.
+tokens are joined by log-sum-exp. Partial scores are float32: 4 bytes per key share, token and query head. Keys after RoPE need no rows
+(`kernels.lookup_sums_triton`).
 Two programs fit a multiprocessor; programs MULTIPROCESSORS apart use the same rows, so that whichever two meet share a cache.
 """
 
@@ -14,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels import lookup_sums_triton
 from kernels.lookup_rows_triton import Layout, halves, laid, layout, merge, rotation, seat, strides, turn
 
 TILE = 64  # tokens rebuilt at once
@@ -102,7 +104,7 @@ def _scores(
     KEY_PIECE: tl.constexpr, KEY_R: tl.constexpr, KEY_K: tl.constexpr, KEY_STRIPS: tl.constexpr, KEY_SHARED: tl.constexpr,
     KEY_PARTS: tl.constexpr, KEY_W: tl.constexpr, KEY_STEP: tl.constexpr, KEY_HIGH: tl.constexpr,
     SLICES: tl.constexpr, DEPTH: tl.constexpr, GROUPS: tl.constexpr,
-    ROTARY: tl.constexpr, PACKED: tl.constexpr, BT: tl.constexpr, BG: tl.constexpr, MULTIPROCESSORS: tl.constexpr, TWICE: tl.constexpr,
+    PACKED: tl.constexpr, BT: tl.constexpr, BG: tl.constexpr, MULTIPROCESSORS: tl.constexpr, TWICE: tl.constexpr,
 ):  # fmt: skip
     work, table, batch, stretch = _task(lanes, splits, batches, MULTIPROCESSORS, TWICE)
     if not work:
@@ -123,16 +125,15 @@ def _scores(
     high = tl.load(own + HALF, mask=g[:, None] < GROUP, other=0.0).to(tl.float32) * scale
     begin = stretch * share
     end = tl.minimum(tokens, begin + share)
-    if ROTARY:
-        # The query is turned back to the first token of each tile, by the same angle from tile to tile: a product instead of sines.
-        start = tl.load(base + batch) + begin
-        once, leap = tl.load(turns + f), tl.load(turns + HALF + f)
-        c, s = turn((start // BT).to(tl.float32) * leap + (start % BT).to(tl.float32) * once)
-        low, high = low * c[None, :] + high * s[None, :], high * c[None, :] - low * s[None, :]
-        c, s = turn(leap)
-        p, i = tl.arange(0, PARTS), tl.arange(0, KEY_W)
-        around = offsets + part * WIDE + t[:, None, None] * HALF + (p * KEY_W)[None, :, None] + i[None, None, :]
-        cos, sin = tl.load(around), tl.load(around + BT * HALF)
+    # The query is turned back to the first token of each tile, by the same angle from tile to tile: a product instead of sines.
+    start = tl.load(base + batch) + begin
+    once, leap = tl.load(turns + f), tl.load(turns + HALF + f)
+    c, s = turn((start // BT).to(tl.float32) * leap + (start % BT).to(tl.float32) * once)
+    low, high = low * c[None, :] + high * s[None, :], high * c[None, :] - low * s[None, :]
+    c, s = turn(leap)
+    p, i = tl.arange(0, PARTS), tl.arange(0, KEY_W)
+    around = offsets + part * WIDE + t[:, None, None] * HALF + (p * KEY_W)[None, :, None] + i[None, None, :]
+    cos, sin = tl.load(around), tl.load(around + BT * HALF)
     out += ((part * GROUPS + group).to(tl.int64) * (batches * HEADS * GROUP) + row) * tokens
     own_low = _words(codes, begin + t, end, stride_code, stride_token, 0, PARTS, KEY_STEP, KEY_PIECE, KEY_R, DEPTH, PACKED)
     own_high = _words(codes, begin + t, end, stride_code, stride_token, KEY_HIGH, PARTS, KEY_STEP, KEY_PIECE, KEY_R, DEPTH, PACKED)
@@ -145,12 +146,10 @@ def _scores(
         k_low = _rebuild(own_low, tables, 0, PARTS, KEY_W, KEY_STEP, KEY_PIECE, KEY_R, DEPTH, KEY_K, KEY_SHARED)
         k_high = _rebuild(own_high, tables, KEY_HIGH, PARTS, KEY_W, KEY_STEP, KEY_PIECE, KEY_R, DEPTH, KEY_K, KEY_SHARED)
         own_low, own_high = next_low, next_high
-        if ROTARY:
-            k_low, k_high = k_low * cos - k_high * sin, k_high * cos + k_low * sin
+        k_low, k_high = k_low * cos - k_high * sin, k_high * cos + k_low * sin
         score = tl.dot(low.to(tl.float16), tl.trans(tl.reshape(k_low, [BT, WIDE])))
         score = tl.dot(high.to(tl.float16), tl.trans(tl.reshape(k_high, [BT, WIDE])), score)
-        if ROTARY:
-            low, high = low * c[None, :] + high * s[None, :], high * c[None, :] - low * s[None, :]
+        low, high = low * c[None, :] + high * s[None, :], high * c[None, :] - low * s[None, :]
         if sizes is not None:
             size = tl.load(sizes + batch.to(tl.int64) * size_batch + head * size_head + token * size_token, mask=seen, other=0.0)
             score *= size.to(tl.float32)[None, :]
@@ -246,18 +245,20 @@ def attend(
     rows = batch * queries
     key, value = layout(keys, dim, True), layout(values, dim, False)
     mine, theirs = divide(key, dim, keys.tables.element_size(), CACHE), divide(value, dim, values.tables.element_size(), CACHE)
-    piece = keys.tables.shape[3] if keys.strided else None
-    query = query[..., halves(dim, piece, query.device)] if piece else query.contiguous()
-    turns, offsets = (None, None) if inv_freq is None else rotation(inv_freq, piece, TILE)
     common = {"HEADS": heads, "GROUP": group, "D": dim, "BT": TILE, "BG": max(16, triton.next_power_of_2(group)),
               "MULTIPROCESSORS": MULTIPROCESSORS, "TWICE": TWICE, **LIMIT}  # fmt: skip
-    scores = torch.empty(mine.slices * mine.groups, rows, tokens, device=query.device)
-    lanes, splits, share, grid = _lanes(heads * mine.slices * mine.groups, batch, tokens)
-    _scores[grid,](
-        query, keys.codes, keys.tables, keys.sizes, turns, offsets, base, scores, tokens, share, lanes, splits, batch, scale,
-        *keys.codes.stride(), *strides(keys.sizes, 3), **laid("KEY", key), SLICES=mine.slices, DEPTH=mine.depth, GROUPS=mine.groups,
-        ROTARY=inv_freq is not None, PACKED=_packed(keys.codes), **common,
-    )  # fmt: skip
+    if inv_freq is None:
+        scores = lookup_sums_triton.scores(query, keys, tokens, scale, _packed(keys.codes))[None]
+    else:
+        piece = keys.tables.shape[3] if keys.strided else None
+        query = query[..., halves(dim, piece, query.device)] if piece else query.contiguous()
+        scores = torch.empty(mine.slices * mine.groups, rows, tokens, device=query.device)
+        lanes, splits, share, grid = _lanes(heads * mine.slices * mine.groups, batch, tokens)
+        _scores[grid,](
+            query, keys.codes, keys.tables, keys.sizes, *rotation(inv_freq, piece, TILE), base, scores, tokens, share, lanes, splits, batch, scale,
+            *keys.codes.stride(), *strides(keys.sizes, 3), **laid("KEY", key), SLICES=mine.slices, DEPTH=mine.depth, GROUPS=mine.groups,
+            PACKED=_packed(keys.codes), **common,
+        )  # fmt: skip
     peaks = torch.full((rows,), float("-inf"), device=query.device)
     _join[rows, triton.cdiv(tokens, JOINED)](scores, first, peaks, tokens, rows, queries, PARTIAL=len(scores), RAGGED=first is not None, BT=JOINED)
     lanes, splits, share, grid = _lanes(heads * theirs.slices * theirs.groups, batch, tokens)
