@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from hydra.utils import instantiate
+from hydra.utils import get_method, instantiate
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
@@ -244,7 +244,13 @@ def _plain(model) -> list[tuple]:
 
 def _estimate(cell: Cell) -> "estimate.Estimate":
     codecs = {kind: _make(cell.cfg.quant[kind], cell.cfg.seed) for kind in ("key", "value")}
-    return estimate.of(cell, _instantiate(cell.cfg.task), codecs, lambda: _load(cell.cfg)[0].config)
+    return estimate.of(cell, _instantiate(cell.cfg.task), codecs, lambda: _config(cell.cfg))
+
+
+def _config(cfg: DictConfig):
+    """The config of a model without a path: from its loader's `config`, which makes no weights, where it has one."""
+    made = getattr(get_method(cfg.model._target_), "config", None)
+    return made(**OmegaConf.to_container(cfg.model, resolve=True)) if made else _load(cfg)[0].config
 
 
 def _device_name(model) -> str:

@@ -51,6 +51,9 @@ def load(shape: str, layers: int | None = None, dtype: str = "auto", device: str
     return model.eval(), AutoTokenizer.from_pretrained(ROOT / "kvq" / "standin" / "model")
 
 
+load.config = lambda shape, layers=None, **_: config(shape, layers)  # what an estimate needs
+
+
 @torch.no_grad()
 def _spread_keys(model, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)

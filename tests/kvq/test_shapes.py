@@ -20,6 +20,16 @@ def test_parameters_are_those_of_the_published_model(shape):
     assert model.model.layers[0].self_attn.head_dim == 128
 
 
+def test_an_estimate_makes_no_weights(tmp_path, monkeypatch):
+    from kvq import runner
+    from tests.tasks.test_canary import compose
+
+    monkeypatch.setattr(runner, "_load", lambda cfg: pytest.fail("8 billion weights were made to count them"))
+    cfg = compose("model=random_llama31_8b", "model.dtype=float16", "quant=tq_mse", "bits=2", "task=latency", f"results={tmp_path}", f"outputs={tmp_path}")
+    cell = runner.prepare(cfg, {"model": "random_llama31_8b", "quant": "tq_mse", "task": "latency", "calib": "text"})
+    assert runner._estimate(cell).weights == 2 * PARAMETERS["llama31_8b"]
+
+
 def test_layers_are_cut_and_wrong_names_refused():
     assert shapes.config("llama31_8b", 2).num_hidden_layers == 2
     with pytest.raises(Refusal, match="qwen25_3b"):
