@@ -52,7 +52,7 @@ def option(rows: pd.DataFrame, key: str, default=None) -> pd.Series:
 
 
 def one_setting(rows: pd.DataFrame) -> pd.DataFrame:
-    """Of each task the rows of one size: those with the task and calibration options that most runs have, fp16 rows of that task size beside them.
+    """Of each task the rows of one size: the task and calibration options that most runs have, of several the longest calibration; fp16 rows of that task size.
 
     Runs of another size would be compared on other examples or codebooks; they stay in results/ and out of the figure, and a line says so.
     """
@@ -63,7 +63,7 @@ def one_setting(rows: pd.DataFrame) -> pd.DataFrame:
         task, calib = _options(part, "task"), _options(part, "calib")
         runs = part.assign(_task=task, _calib=calib).drop_duplicates("run")
         runs = runs[runs["quant"] != "fp16"] if (runs["quant"] != "fp16").any() else runs
-        best_task, best_calib = runs.groupby(["_task", "_calib"]).size().idxmax()
+        best_task, best_calib = _most(runs.groupby(["_task", "_calib"]).size(), lambda sizes: sizes[1])
         same = (task == best_task) & ((calib == best_calib) | (part["calib"] == "none"))
         if not same.all():
             others = _differences(best_task, task[~same], "task.") + _differences(best_calib, calib[~same], "calib.")
@@ -79,7 +79,17 @@ def one_calibration(rows: pd.DataFrame) -> pd.DataFrame:
         return rows
     calib = _options(rows, "calib")
     cells = rows[~free].assign(_calib=calib[~free]).drop_duplicates(["_calib", "task", "quant", "bits"])
-    return rows[free | (calib == cells.groupby("_calib").size().idxmax())]
+    return rows[free | (calib == _most(cells.groupby("_calib").size(), lambda size: size))]
+
+
+def _most(counts: pd.Series, calib):
+    """The size with most runs; of several, that of the longest calibration text. calib: a size's calibration options."""
+
+    def rank(size) -> tuple:
+        options = json.loads(calib(size))
+        return counts[size], options.get("samples", 0) * options.get("length", 0)
+
+    return max(counts.index, key=rank)
 
 
 def calibration(rows: pd.DataFrame) -> pd.Series:

@@ -72,6 +72,13 @@ def test_only_the_largest_setting_is_compared(folder):
     assert stray not in set(kept["run"]) and kept["run"].nunique() == 24
 
 
+def test_of_sizes_with_equally_many_runs_the_longest_calibration_is_drawn(tmp_path):
+    """Widths were once drawn from 128 tokens of calibration, because that sorts before 2,048."""
+    runs = {length: write(tmp_path, "blockgtq", 3, 0, 0.1, config={**CONFIG, "calib": {"samples": 1, "length": length}}) for length in (128, 2048, 512)}
+    assert set(committed.one_setting(committed.load(tmp_path))["run"]) == {runs[2048]}
+    assert set(committed.one_calibration(committed.load(tmp_path))["run"]) == {runs[2048]}
+
+
 def test_changed_options_are_not_the_shipped_method(folder):
     changed = {**CONFIG, "quant": {"key": {"cluster": {"start": "random"}}, "value": {}}}
     assert choice.changes("km", json.dumps(changed)) == {"key.cluster.start": "random"}
