@@ -11,7 +11,8 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 ASM = not INTERPRET  # the interpreter knows no inline assembly; kernels have the same in plain Triton
 STAGES = 1
 AHEAD = 2  # key tiles in flight
-VTILE = 32  # value channels decoded at a time
+VTILE = 16  # value channels decoded at a time
+UNROLL = 2  # such steps in a row
 LIMIT = {"maxnreg": 128}
 WARPS = 16  # single-warp programs that fit a multiprocessor at once (registers and shared memory)
 

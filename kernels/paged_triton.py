@@ -109,8 +109,12 @@ def decode_split(
     KEY_PAGE: tl.constexpr, VALUE_PAGE: tl.constexpr, VTILE: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, KEY_LOG8: tl.constexpr,
     VALUE_LOG8: tl.constexpr, KEY_OFFSET: tl.constexpr, VALUE_OFFSET: tl.constexpr, KEY_BARE: tl.constexpr,
     VALUE_BARE: tl.constexpr, ALIGN: tl.constexpr, AHEAD: tl.constexpr, ASM: tl.constexpr, CHANNELS: tl.constexpr, PARTS: tl.constexpr, TABLE: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """out [B, H, splits, G, DIM], stat [B, H, splits, 2, G] float32: unnormalized outputs, maxima (base 2) and masses."""
+    """out [B, H, splits, G, DIM], stat [B, H, splits, 2, G] float32: unnormalized outputs, maxima (base 2) and masses.
+
+    A split without visible tokens writes its maximum, -inf, and its mass, 0, only.
+    """
     split, head, batch = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     length, visible = tl.load(lengths + batch), tl.load(first_visible + batch)
     visible = tl.maximum(visible, length - window)
@@ -129,9 +133,9 @@ def decode_split(
     within = row % 4
     half, turn, slot = within // 2, tl.load(shifts + row), tl.load(shifts + ROWS + row)
     bias, query_sum = tl.load(aux), tl.load(aux + G)
-    top, mass, moved = tl.full([G], float("-inf"), tl.float32), tl.zeros([G], tl.float32), (tl.zeros([G], tl.float32),) * PARTS
-    zero = tl.zeros([VTILE, G], tl.float32)
-    o = (zero,) * (DIM // VTILE)
+    top, mass = tl.full([G], float("-inf"), tl.float32), tl.zeros([G], tl.float32)
+    place = (batch * HEADS + head) * tl.num_programs(0) + split
+    out += (place * G + group[None, :]) * DIM + chan[:, None]
     for start in range(low, high, 8 * ROWS):
         rows = start // 8 + row
         page = tl.minimum(rows // 4, (high - 1) // 32)  # rows behind the last token read its page again, masked below
@@ -154,47 +158,44 @@ def decode_split(
             for j in tl.static_range(8):
                 n = n + (t[j] + s[j] * side(key_side + at * 32 + j, token + j < high, KEY_LOG8, KEY_BARE)[:, None],)
             t = n
-        peak = top
         s = ()
+        most = tl.full([ROWS, G], float("-inf"), tl.float32)
         for j in tl.static_range(8):
             x = t[j]
             if KEY_OFFSET:
                 x += side(key_side + (key_offset_row + head) * 32 + j, token + j < high, False)[:, None] * query_sum[None, :]
             x = tl.where(((token + j < high) & (token + j >= visible))[:, None], x, float("-inf"))
             s = s + (x,)
-            peak = tl.maximum(peak, tl.max(x, 0))
+            most = tl.maximum(most, x)
+        peak = tl.maximum(top, tl.max(most, 0))
         anchor = tl.where(peak == float("-inf"), 0.0, peak)
         decay = tl.exp2(top - anchor)
-        mass, top = mass * decay, peak
-        w = ()
+        w, sum = (), tl.zeros([ROWS, G], tl.float32)
         for j in tl.static_range(8):
             w = w + (tl.exp2(s[j] - anchor[None, :]),)
-            mass += tl.sum(w[j], 0)
+            sum += w[j]
+        mass, top = mass * decay + tl.sum(sum, 0), peak
         full = (page * VALUE_PAGE)[None, :] + chan[:, None]
-        n, m = (), ()
         for part in tl.static_range(PARTS):  # of the channels, each with gains of its own
-            shift = moved[part] * decay
-            p = ()
+            p, sum = (), tl.zeros([ROWS, G], tl.float32)
             for j in tl.static_range(8):
                 if VALUE_OFFSET:
-                    shift += tl.sum(w[j] * side(value_side + (value_offset_row + part) * 32 + j, token + j < high, False)[:, None], 0)
+                    sum += w[j] * side(value_side + (value_offset_row + part) * 32 + j, token + j < high, False)[:, None]
                 p = p + ((w[j] * side(value_side + part * 32 + j, token + j < high, VALUE_LOG8, VALUE_BARE)[:, None]).to(query.dtype.element_ty),)
-            m = m + (shift,)
-            for d in tl.static_range(part * (DIM // VTILE) // PARTS, (part + 1) * (DIM // VTILE) // PARTS):
-                base = value_words + part * (DIM // PARTS) * (VALUE_WIDTH - 1) + d * VTILE
+            shift = tl.sum(sum, 0)[None, :]
+            base = value_words + part * (DIM // PARTS) * (VALUE_WIDTH - 1)
+            # A loop, its sums kept in `out`: unrolled, the code outgrows the instruction cache. A thread reads back what it wrote.
+            for d in tl.range(part * (DIM // VTILE) // PARTS, (part + 1) * (DIM // VTILE) // PARTS, loop_unroll_factor=UNROLL):
                 if VALUE_WIDTH <= 4:
-                    word = nibbles(base, half[None, :] * (DIM // PARTS) + full, full, turn[None, :], slot[None, :], DIM // PARTS, VALUE_WIDTH)
+                    word = nibbles(base + d * VTILE, half[None, :] * (DIM // PARTS) + full, full, turn[None, :], slot[None, :], DIM // PARTS, VALUE_WIDTH)
                     y = levels(word, value_levels, VALUE_WIDTH, ASM)
                 else:
-                    y = _gathered(base, half[None, :], full, turn[None, :], slot[None, :], DIM // PARTS, value_books, VALUE_WIDTH)
-                x = o[d] * decay[None, :]
+                    y = _gathered(base + d * VTILE, half[None, :], full, turn[None, :], slot[None, :], DIM // PARTS, value_books, VALUE_WIDTH)
+                sums = out + d * VTILE
+                held = tl.load(sums, mask=(start + chan * 0 > low)[:, None] & (group >= 0)[None, :], other=0) * decay[None, :] + shift
                 for j in tl.static_range(8):
-                    x = tl.dot(y[j].to(p[j].dtype), p[j], x, input_precision="ieee")
-                n = n + (x,)
-        o, moved = n, m
-    place = (batch * HEADS + head) * tl.num_programs(0) + split
-    for d in tl.static_range(DIM // VTILE):
-        tl.store(out + (place * G + group[None, :]) * DIM + d * VTILE + chan[:, None], o[d] + moved[d * PARTS // (DIM // VTILE)][None, :])
+                    held = tl.dot(y[j].to(p[j].dtype), p[j], held, input_precision="ieee")
+                tl.store(sums, held)
     tl.store(stat + place * 2 * G + group, top)
     tl.store(stat + (place * 2 + 1) * G + group, mass)
 
@@ -233,8 +234,8 @@ def merge_splits(out, stat, merged, lse, splits, G: tl.constexpr, GROUP: tl.cons
     total = tl.zeros([TILE], tl.float32)
     for first in range(0, splits, STEP):
         split = first + part
-        weight = tl.exp2(tl.load(stat + split * 2 * G, mask=split < splits, other=float("-inf")) - anchor)
-        x = tl.load(out + split[:, None] * (G * DIM) + chan[None, :], mask=(split < splits)[:, None] & (chan < DIM)[None, :], other=0)
+        weight = tl.exp2(tl.load(stat + split * 2 * G, mask=split < splits, other=float("-inf")) - anchor)  # 0: nothing was written
+        x = tl.load(out + split[:, None] * (G * DIM) + chan[None, :], mask=(weight > 0)[:, None] & (chan < DIM)[None, :], other=0)
         total += tl.sum(x * weight[:, None], 0)
     tl.store(merged + tl.program_id(0).to(tl.int64) * DIM + chan, total / tl.where(mass == 0, 1.0, mass), mask=chan < DIM)
     if tl.program_id(1) == 0:

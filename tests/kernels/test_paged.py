@@ -81,13 +81,13 @@ CASES = list(itertools.product([64, 96, 128], [1, 2, 4, 8, 16], [1, 2, 3, 4, 2.0
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("case", range(4 if DEVICE == "cpu" else 60))
+@pytest.mark.parametrize("case", range(3 if DEVICE == "cpu" else 60))
 def test_the_kernel_obeys_the_reference(case, dtype):
     seed = random.SystemRandom().randrange(2**31)
     print(f"seed {seed}")
     pick = random.Random(seed)
     dim, group, key = pick.choice(CASES)
-    longest = 200 if DEVICE == "cpu" else 5000
+    longest = 150 if DEVICE == "cpu" else 5000
     options = {"log8": pick.random() < 0.3, "rotated": pick.random() < 0.8}
     options |= {"window": pick.choice([None, None, 1, 40, 150]), "pool": pick.random() < 0.4}
     options["offset"] = isinstance(key, int) and not options["log8"] and pick.random() < 0.5
