@@ -30,18 +30,24 @@ WORKERS = 12  # processes that compile
 
 
 class Case(NamedTuple):
-    """A way to code a head; `shared`: one table for all pieces, strided keys, codes by heads and a size per token, as VQLLM has."""
+    """A way to code a head; `shared`: one table for all pieces, strided keys, codes by heads and a size per token, as VQLLM has; `post`: keys after RoPE."""
 
     piece: int
     stages: int
     dtype: torch.dtype = torch.float16
     shared: bool = False
+    post: bool = False
 
     @property
     def name(self) -> str:
         """As rows call it."""
         width = {torch.float16: "fp16", torch.float8_e4m3fn: "fp8"}[self.dtype]
-        return f"codes {8 * self.stages / self.piece:g} bit d{self.piece} {width} tables{' shared' if self.shared else ''}"
+        kind = ("shared " if self.shared else "") + ("after RoPE " if self.post else "")
+        return f"codes {kind}{8 * self.stages / self.piece:g} bit d{self.piece} {width} tables"
+
+    def rotation(self, inv_freq: Tensor, base: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """What the kernel is told of RoPE."""
+        return (None, None) if self.post else (inv_freq, base)
 
     def tables(self) -> Tensor:
         """Entries [pieces, stages, 256, piece] of one tensor of one layer."""
@@ -64,6 +70,7 @@ class Case(NamedTuple):
 
 FP8 = torch.float8_e4m3fn
 CASES = (Case(128, 16), Case(128, 16, FP8), Case(128, 12, FP8), Case(64, 8, FP8), Case(32, 4), Case(32, 4, FP8), Case(32, 3, FP8),
+         Case(128, 16, FP8, post=True), Case(32, 4, FP8, post=True),
          Case(32, 4, shared=True), Case(8, 1))  # the last two: VQLLM and CQ  # fmt: skip
 
 
@@ -78,7 +85,7 @@ def warm(case: Case, name: str) -> str | None:
     try:
         query, inv_freq, base = inputs(1)
         for tokens in (1024, 4096):
-            KERNELS[name].attend(query, *case.pair(1, tokens), tokens, DIM**-0.5, inv_freq, base)
+            KERNELS[name].attend(query, *case.pair(1, tokens), tokens, DIM**-0.5, *case.rotation(inv_freq, base))
         torch.cuda.synchronize()
     except Exception as error:
         return f"{type(error).__name__}: {str(error)[:200]}"
@@ -107,9 +114,10 @@ def _difference(box, case: Case, name: str) -> str | None:
     base, first = torch.tensor([5, 40000], dtype=torch.int32, device=DEVICE), torch.tensor([0, tokens // 3], device=DEVICE)
     keys, values = case.pair(2, tokens + 16)
     key, value = (lookup.rebuild(coded, HEADS, tokens) for coded in (keys, values))
-    expected = attention.attend(query, lookup.rotate(key, inv_freq, base), value, scale, first)
+    key = key if case.post else lookup.rotate(key, inv_freq, base)
+    expected = attention.attend(query, key, value, scale, first)
     try:
-        ours = KERNELS[name].attend(query, keys, values, tokens, scale, inv_freq, base, first)
+        ours = KERNELS[name].attend(query, keys, values, tokens, scale, *case.rotation(inv_freq, base), first)
     except Exception as error:
         return f"{type(error).__name__}: {str(error)[:200]}"
     off = max(((a - b).norm() / b.norm()).item() for a, b in zip(ours, expected, strict=True))
@@ -137,7 +145,7 @@ def grid(box, shapes: list[tuple[int, int]]) -> None:
 
             def one(case=case, name=name, batch=batch, tokens=tokens, query=query, inv_freq=inv_freq, base=base, sets=sets, shape=shape):
                 held = [case.pair(batch, tokens) for _ in range(sets)]
-                run = lambda i: KERNELS[name].attend(query, *held[i], tokens, DIM**-0.5, inv_freq, base)  # noqa: E731
+                run = lambda i: KERNELS[name].attend(query, *held[i], tokens, DIM**-0.5, *case.rotation(inv_freq, base))  # noqa: E731
                 box.note("decode_attention", f"{case.name}, {name}", shape, "time", "us", measure(run, sets))
 
             box.spend(one)
@@ -211,7 +219,7 @@ def memory(box, tokens: int = 32768) -> None:
             for x, each in zip((key, value), held[layer % two]):
                 codes = rvq.encode(x.view(len(x), -1, case.piece).transpose(0, 1), each.tables)
                 each.codes[:, 0, :, -1] = codes.transpose(0, 1).flatten(1)
-            return KERNELS[name].attend(query.contiguous(), *held[layer % two], tokens, DIM**-0.5, inv_freq, base)[0]
+            return KERNELS[name].attend(query.contiguous(), *held[layer % two], tokens, DIM**-0.5, *case.rotation(inv_freq, base))[0]
 
         row(f"{case.name}, {name}", batch, attend)
 
