@@ -10,7 +10,7 @@ fp16_<backend>_ms           the same for an fp16 cache through SDPA with shared 
 bytes/read                  weights and cache, once; rate/gb_per_s: over the step; rate/of_roofline: what they take at rate/copy_gb_per_s, a large
                             copy measured in the same run, over the step
 bytes/weights, bytes/cache  the model's parameters; codes, exact tokens and codebooks; on a GPU also bytes/peak, and bytes/transient for the rest
-prefill_ms                  one row: a prompt of the example's tokens (at most `prefill`) through an empty cache, last logits only, fp16 beside it
+prefill_ms                  one row: a prompt of the example's tokens, if at most `prefill`, through an empty cache, last logits only, fp16 beside it
 encode_tokens_per_second    one row: keys and values of all layers, appended behind a few tokens
 check/difference            the kernels' attention against decoded keys and values, at the example's length; beyond 1e-2 there is no time
 failed/<part>               1 where a part could not be measured; the record says why
@@ -159,8 +159,8 @@ class Latency:
         parts |= {f"fp16_{name}": lambda name=name: self._plain(lm, name, plain_rows, tokens) for name in _backends(lm)}
         if rows == 1:
             parts["encode"] = lambda: self._encode(lm, min(tokens, self.encode))
-        if rows == 1 and self.prefill:
-            prompt = fill.random_ids(lm, 1, min(tokens, self.prefill))
+        if rows == 1 and tokens <= self.prefill:
+            prompt = fill.random_ids(lm, 1, tokens)
             parts["prefill"] = lambda: self._prefill(lm, "prefill", lambda: fill.fresh(lm), prompt.split(no_single(self.chunk, prompt.shape[1]), 1), None)
             for name in _backends(lm):
                 make = lambda: DynamicCache(config=lm.model.config)

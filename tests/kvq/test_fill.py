@@ -32,14 +32,15 @@ def test_audit_equals_that_of_a_read_cache(tokens):
 
 
 @pytest.mark.skipif(not backend._installed(), reason="Triton is not installed here")
-def test_pages_are_repeated_whole():
+def test_pages_are_repeated_whole(monkeypatch):
+    monkeypatch.setattr(fill, "READ", 2 * PAGE)
     lm = bind("llama", codecs("tq_mse", 2), attention="fused", memo=False)
-    cache = fill.coded(lm, 1, 600)
+    short, cache = fill.coded(lm, 1, 64), fill.coded(lm, 1, 150)
     held = cache.layers[0].streams[0].held
     symbols, sides = held.symbols()
-    assert symbols.shape[2] == 600 and torch.equal(symbols[:, :, 256:512], symbols[:, :, :256]) and torch.equal(sides[..., 512:], sides[..., :88])
-    assert cache.audit() == read(lm, 1, 600).audit()
-    assert held.words.shape[2] == -(-600 // PAGE) + 1, "room for a token, and not for as many again"
+    assert symbols.shape[2] == 150 and torch.equal(symbols[:, :, 64:128], symbols[:, :, :64]) and torch.equal(sides[..., 128:], sides[..., :22])
+    assert cache.audit()["tokens"] == 150 and cache.audit()["code_bytes"] * 2 == short.audit()["code_bytes"] * 5, "five pages begun"
+    assert held.words.shape[2] == 5 + 1, "room for a token, and not for as many again"
 
 
 def test_pages_begun_are_refused():
