@@ -26,8 +26,9 @@ Departures: what the paper leaves open or what we do otherwise.
 - Keys are coded before RoPE (the paper's kernels imply it; its figure code reads keys after RoPE): space="post" switches.
 - Order (not stated): contiguous channels, heads in model order, so a piece of 256 spans two neighbouring heads.
 - A model narrower than a piece is one piece, with stages for the same bits.
-- Extras, off by default: beam > 1 keeps several partial sums while encoding, refine > 0 refits all stages jointly (gsrq.refine). They are
-  not part of GSRQ and belong in no GSRQ row; conf/quant/gsrq_plus.yaml turns both on.
+- Extras, off by default: beam > 1 keeps several partial sums while encoding, refine > 0 refits all stages jointly (gsrq.refine), codebook=float8
+  stores entries in 8 bits. They are not part of GSRQ and belong in no GSRQ row; conf/quant/gsrq_plus.yaml turns the first two on,
+  conf/quant/gsrq_fp8.yaml the last.
 - Every token is coded, the first included; no exact window unless the configuration asks for one.
 """
 

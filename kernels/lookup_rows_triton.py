@@ -36,16 +36,16 @@ def seat(
 @triton.jit
 def rebuild(
     codes, tables, token, seen, stride_code, stride_token, channel: tl.constexpr, PARTS: tl.constexpr, W: tl.constexpr, STEP: tl.constexpr,
-    PIECE: tl.constexpr, R: tl.constexpr, DEPTH: tl.constexpr, K: tl.constexpr, SHARED: tl.constexpr,
+    PIECE: tl.constexpr, R: tl.constexpr, K: tl.constexpr, SHARED: tl.constexpr,
 ):  # fmt: skip
-    """[tokens, PARTS, W] float16: W channels from `channel` + part * STEP of a head on, the sum of one row for each of the first DEPTH of R stages."""
+    """[tokens, PARTS, W] float16: W channels from `channel` + part * STEP of a head on, the sum of one row for each of R stages."""
     part, i = tl.arange(0, PARTS), tl.arange(0, W)
     begin = channel + part * STEP
     piece, column = begin // PIECE, begin % PIECE
     # A loop that stays a loop keeps the layout of the loads; unrolled whole, every row would pass through shared memory on its way to
     # the product's layout.
     total = tl.zeros([token.shape[0], PARTS, W], tl.float16)
-    for stage in tl.range(0, DEPTH, loop_unroll_factor=4 if DEPTH >= 8 else 2, num_stages=1):
+    for stage in tl.range(0, R, loop_unroll_factor=4 if R >= 8 else 2, num_stages=1):
         code = tl.load(codes + (piece * R + stage)[None, :] * stride_code + token[:, None] * stride_token, mask=seen[:, None], other=0).to(tl.int32)
         row = (stage * K + code) * PIECE if SHARED else ((piece * R + stage)[None, :] * K + code) * PIECE
         total += tl.load(tables + row[:, :, None] + column[None, :, None] + i[None, None, :]).to(total.dtype)

@@ -52,8 +52,8 @@ def _attend(
     for at in tl.range(split * share, tl.minimum(tokens, split * share + share), BT, num_stages=1):
         token = at + t
         seen = token < tokens
-        k_low = rebuild(key_codes, key_tables, token, seen, key_stride, key_token, 0, KEY_PARTS, KEY_W, KEY_STEP, KEY_PIECE, KEY_R, KEY_R, KEY_K, KEY_SHARED)
-        k_high = rebuild(key_codes, key_tables, token, seen, key_stride, key_token, KEY_HIGH, KEY_PARTS, KEY_W, KEY_STEP, KEY_PIECE, KEY_R, KEY_R, KEY_K, KEY_SHARED)
+        k_low = rebuild(key_codes, key_tables, token, seen, key_stride, key_token, 0, KEY_PARTS, KEY_W, KEY_STEP, KEY_PIECE, KEY_R, KEY_K, KEY_SHARED)
+        k_high = rebuild(key_codes, key_tables, token, seen, key_stride, key_token, KEY_HIGH, KEY_PARTS, KEY_W, KEY_STEP, KEY_PIECE, KEY_R, KEY_K, KEY_SHARED)
         q_low, q_high = low, high
         if ROTARY:
             q_low, q_high = turned(low, high, turns, start + at, BT, f, HALF)
@@ -73,9 +73,7 @@ def _attend(
         if value_sizes is not None:
             size = tl.load(value_sizes + batch.to(tl.int64) * value_size_batch + head * value_size_head + token * value_size_token, mask=seen, other=0.0)
             weight *= size.to(tl.float32)[None, :]
-        value = rebuild(
-            value_codes, value_tables, token, seen, value_stride, value_token, 0, VALUE_PARTS, VALUE_W, VALUE_STEP, VALUE_PIECE, VALUE_R, VALUE_R, VALUE_K, VALUE_SHARED
-        )
+        value = rebuild(value_codes, value_tables, token, seen, value_stride, value_token, 0, VALUE_PARTS, VALUE_W, VALUE_STEP, VALUE_PIECE, VALUE_R, VALUE_K, VALUE_SHARED)
         total = total * fade[:, None] + tl.dot(weight.to(tl.float16), tl.reshape(value, [BT, D]))
         peak = top
     place = (split * tl.num_programs(0) + tl.program_id(0)) * GROUP + g
