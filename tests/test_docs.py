@@ -69,9 +69,10 @@ def test_settings_in_the_prose_exist():
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
+    of_tasks = {f"task.{key}" for file in (ROOT / "conf" / "task").glob("*.yaml") for key in OmegaConf.load(file)}
     named = re.findall(r"`((?:task|quant|model|calib|hydra)\.[\w.]+?)(?:=[^`]*)?`", DOCS)
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         for key in sorted(set(named)):
             launcher = "ray" if ".ray." in key else "submitit_slurm"
             cfg = compose("config", overrides=[f"hydra/launcher={launcher}"], return_hydra_config=True)
-            assert OmegaConf.select(cfg, key, default="absent") != "absent", key
+            assert key in of_tasks or OmegaConf.select(cfg, key, default="absent") != "absent", key

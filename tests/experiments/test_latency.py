@@ -25,8 +25,9 @@ def folder(tmp_path):
 def write(folder, quant, bits, examples, how="graph kernels", model="random_llama31_8b"):
     """One run; examples: subset without `how` to metrics."""
     run = results.run_id({"quant": quant, "bits": bits, "how": how, "model": model})
+    options = {"model": {"name": model}, "task": {"how": how}, "calib": {}, "prefill": "quantized", "seed": 0, "quant": {"key": {"piece": 128, "bits": bits}}}
     common = {"run": run, "model": model, "quant": quant, "task": "latency", "data": "synthetic", "calib": "text", "bits": bits, "bits_stored": bits, "bits_total": bits,
-              "encoded_tokens": 10, "stderr": 0.0, "n": 1, "seed": 0, "config": json.dumps({"quant": {"key": {"piece": 128}}}), "commit": "c", "dirty": False,
+              "encoded_tokens": 10, "stderr": 0.0, "n": 1, "seed": 0, "config": json.dumps(options), "commit": "c", "dirty": False,
               "date": "2026-11-30T00:00:00Z", "device": "a GPU", "torch": "", "transformers": ""}  # fmt: skip
     rows = [{**common, "subset": f"{subset} {how}", "metric": name, "value": value} for subset, metrics in examples.items() for name, value in metrics.items()]
     results.write(rows, folder / "latency" / "runs" / f"{run}.parquet")
