@@ -73,13 +73,16 @@ def one_setting(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def one_calibration(rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows of the calibration under which most cells (task, method, bits) were run, and those that depend on none."""
+    """Rows of the calibration under which most cells (task, method, bits) were run, those that depend on none counted where the task had the same size; and all those."""
     free = rows["calib"] == "none"
     if free.all():
         return rows
     calib = _options(rows, "calib")
-    cells = rows[~free].assign(_calib=calib[~free]).drop_duplicates(["_calib", "task", "quant", "bits"])
-    return rows[free | (calib == _most(cells.groupby("_calib").size(), lambda size: size))]
+    cells = rows.assign(_calib=calib, _task=_options(rows, "task")).drop_duplicates(["_calib", "_task", "task", "quant", "bits"])
+    plain, fitted = cells[free[cells.index]], cells[~free[cells.index]]
+    beside = fitted.drop_duplicates(["_calib", "_task", "task"]).merge(plain, on=["_task", "task"], suffixes=("", "_plain"))["_calib"]
+    counts = pd.concat([fitted["_calib"], beside]).value_counts()
+    return rows[free | (calib == _most(counts, lambda size: size))]
 
 
 def _most(counts: pd.Series, calib):
