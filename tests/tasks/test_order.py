@@ -45,4 +45,5 @@ def test_four_bits_beat_two_and_two_beat_one(key):
         else:
             assert high - low >= -2 * (a**2 + b**2) ** 0.5, (more, fewer)
     (best, a), (worst, b) = budgets[4.0], budgets[1.0]
-    assert best - worst > 0, "four bits and one bit must differ"
+    saturated = key[2] == "score" and worst == 100.0  # full marks at one bit: a suite too easy to tell budgets apart, and none was lost
+    assert best - worst > 0 or saturated, "four bits and one bit must differ"
