@@ -1,6 +1,6 @@
 """Every cell of several experiments, each once, in one pool of processes over the GPUs of this machine: how all committed rows are made again.
 
-    python -m kvq.campaign [experiment ...] [override ...]          make rows EXPERIMENTS="pareto suites" ARGS="size=gpu" JOBS=36
+    python -m kvq.campaign [experiment ...] [override ...]          make rows EXPERIMENTS="pareto suites" SIZE=gpu JOBS=36
     python -m kvq.campaign pareto suites size=gpu --jobs 36 --heavy 6 --minutes 9
 
 A sweep per experiment would leave GPUs idle at the end of each. Finished runs are skipped by content: a campaign that was killed, or ran out
@@ -59,6 +59,18 @@ def _task(cell: list[str]) -> str:
     return next((word.partition("=")[2] for word in reversed(cell) if word.startswith("task=")), "longbench")
 
 
+def composed(overrides: list[str]) -> tuple:
+    """(config, choices of the groups) of one cell, as Hydra hands them to the runner; inside initialize_config_dir."""
+    from hydra import compose
+    from omegaconf import open_dict
+
+    cfg = compose("config", overrides, return_hydra_config=True)
+    choices = {k: v for k, v in cfg.hydra.runtime.choices.items() if k in entry.GROUPS and v}
+    with open_dict(cfg):
+        del cfg["hydra"]
+    return cfg, choices
+
+
 def work(pipe: Connection, name: str, folders: list[str], log: Path, gpu: str | None, threads: int) -> None:
     """One process of the pool: compute the cells that come through the pipe, answer each with what became of it. Prints into a log of its own."""
     said = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -68,17 +80,13 @@ def work(pipe: Connection, name: str, folders: list[str], log: Path, gpu: str | 
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     import torch
-    from hydra import compose, initialize_config_dir
-    from omegaconf import open_dict
+    from hydra import initialize_config_dir
 
     torch.set_num_threads(threads)
     with initialize_config_dir(entry.CONFIG, version_base="1.3"):
         while cell := _next(pipe):
             try:
-                cfg = compose("config", [*cell, *folders, f"sweep={name}"], return_hydra_config=True)
-                choices = {k: v for k, v in cfg.hydra.runtime.choices.items() if k in entry.GROUPS and v}
-                with open_dict(cfg):
-                    del cfg["hydra"]
+                cfg, choices = composed([*cell, *folders, f"sweep={name}"])
                 pipe.send(entry.noted(cfg, choices, sweep.Note(sweep.folder(cfg.outputs, name), cell)))
             except Exception as error:  # a config that does not compose
                 pipe.send(entry.explain(error))

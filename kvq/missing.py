@@ -23,8 +23,7 @@ def cells(experiment: str, words: list[str], known: dict[str, list[str]]) -> lis
 
     Raises Refusal if there is no such experiment, hydra's errors if the words do not compose.
     """
-    from hydra import compose, initialize_config_dir
-    from omegaconf import open_dict
+    from hydra import initialize_config_dir
 
     from kvq.runner import finished, prepare
 
@@ -32,10 +31,7 @@ def cells(experiment: str, words: list[str], known: dict[str, list[str]]) -> lis
     wanted = campaign.cells([experiment], words)
     with initialize_config_dir(entry.CONFIG, version_base="1.3"):
         for overrides in wanted:
-            cfg = compose("config", overrides, return_hydra_config=True)
-            choices = {k: v for k, v in cfg.hydra.runtime.choices.items() if k in entry.GROUPS and v}
-            with open_dict(cfg):
-                del cfg["hydra"]
+            cfg, choices = campaign.composed(overrides)
             name = " ".join(w for w in sweep.essence(overrides) if w not in words and w != f"experiment={experiment}")
             try:
                 cell = prepare(cfg, choices)
