@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("words", nargs="*", help="experiments and overrides")
     parser.add_argument("--minutes", type=float, default=5.0, help="after which no further cell begins")
     parser.add_argument("--scratch", help="folder of the first round; a temporary one if not given, none to leave it out")
-    given = parser.parse_args(arguments)
+    given = parser.parse_intermixed_args(arguments)
     words = [word for word in given.words if "=" in word]
     jobs = [job for name in [w for w in given.words if "=" not in w] or EXPERIMENTS for job in cells(name, words)]
     end = time.monotonic() + 60 * given.minutes

@@ -4,12 +4,11 @@
     python -m kvq.missing pareto suites size=gpu model.dtype=bfloat16
 
 Without experiments: all of conf/experiment. A run's name holds the number type, which `auto` makes bfloat16 on a GPU and float32 on a CPU: name it
-to ask for another machine's rows. `kvq.campaign` with the same words computes what is missing, in one go. A cell whose rows exist under another name
+to ask for another machine's rows. `kvq.campaign --missing` with the same words computes what is missing, in one go. A cell whose rows exist under another name
 (made with another number type, or before an option or the embedded examples changed) is missing, and told apart as `renamed`.
 """
 
 import argparse
-import json
 import sys
 from collections import Counter
 from pathlib import Path
@@ -19,7 +18,7 @@ from kvq.errors import Refusal
 
 
 def cells(experiment: str, words: list[str], known: dict[str, list[str]]) -> list[tuple[str, str, str]]:
-    """(state, what sets the cell apart, reason or run) for every cell: finished, renamed, refused or missing. known: `fingerprints` of the rows there are.
+    """(state, what sets the cell apart, reason or run) for every cell: finished, renamed, refused or missing. known: `results.fingerprints` of the rows there are.
 
     Raises Refusal if there is no such experiment, hydra's errors if the words do not compose.
     """
@@ -44,28 +43,19 @@ def cells(experiment: str, words: list[str], known: dict[str, list[str]]) -> lis
     return found
 
 
-def fingerprints(folder: Path) -> dict[str, list[str]]:
-    """Runs in `folder`/runs by fingerprint."""
-    rows = results.load(folder).drop_duplicates("run")
-    found: dict[str, list[str]] = {}
-    for row in rows.itertuples():
-        found.setdefault(results.fingerprint(row.quant, row.task, json.loads(row.config)), []).append(row.run)
-    return found
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Print one line per experiment and one per cell without rows; 0 if nothing is missing, 1 if something is, 2 for a mistake."""
     parser = argparse.ArgumentParser(prog="python -m kvq.missing", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="*", help="experiments and Hydra overrides, for example: pareto suites size=gpu")
     parser.add_argument("--counts", action="store_true", help="leave the cells out")
-    given = parser.parse_args(arguments)
+    given = parser.parse_intermixed_args(arguments)
     words = [w for w in given.words if "=" in w]
     names = [w for w in given.words if "=" not in w] or sorted(p.stem for p in Path(entry.CONFIG, "experiment").glob("*.yaml"))
     folder = next((Path(w.partition("=")[2]) for w in words if w.startswith("results=")), Path("results"))
     entry.prepare_environment()
     whole = True
     try:
-        known = fingerprints(folder) if any(folder.glob("runs/*.parquet")) else {}
+        known = results.fingerprints(folder)
         for name in names:
             found = cells(name, words, known)
             counts = Counter(state for state, _, _ in found)

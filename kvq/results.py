@@ -61,6 +61,17 @@ def fingerprint(quant: str, task: str, options: Mapping) -> str:
     return run_id({"names": [quant, task], "fused": options.get("attention") == "fused", **told({**parts, "quant": codecs})})
 
 
+def fingerprints(folder: Path) -> dict[str, list[str]]:
+    """Runs in `folder`/runs by fingerprint; empty where there are none."""
+    if not any(folder.glob("runs/*.parquet")):
+        return {}
+    rows = load(folder).drop_duplicates("run")
+    found: dict[str, list[str]] = {}
+    for row in rows.itertuples():
+        found.setdefault(fingerprint(row.quant, row.task, json.loads(row.config)), []).append(row.run)
+    return found
+
+
 def write(rows: list[dict], path: Path) -> pd.DataFrame:
     """Check rows against the schema and write one parquet through a temporary file. Raises ValueError on a bad row."""
     frame = pd.DataFrame(rows)
