@@ -10,6 +10,7 @@ of its minutes, goes on when started with the same words. Without experiments: a
 import argparse
 import multiprocessing
 import os
+import shlex
 import sys
 import time
 from collections import Counter
@@ -18,7 +19,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from kvq import entry, plan, results, sweep
+from kvq import entry, plan, sweep
 from kvq.errors import Refusal
 
 HEAVY = ("niah", "longbench")
@@ -50,6 +51,13 @@ def cells(experiments: list[str], words: list[str]) -> list[list[str]]:
     return sorted((cell for cell in found.values() if _task(cell) not in ALONE), key=_slowness)
 
 
+def listed(file: Path, words: list[str]) -> list[list[str]]:
+    """The cells of a file, `words` added to each. Raises Refusal if there is no such file."""
+    if not file.is_file():
+        raise Refusal(f"there is no file {file}; make one with `python -m kvq.missing --list > {file}`.")
+    return sorted(([*shlex.split(line), *words] for line in file.read_text().splitlines() if line), key=_slowness)
+
+
 def _slowness(cell: list[str]) -> int:
     task = _task(cell)
     return SLOWEST.index(task) if task in SLOWEST else len(SLOWEST)
@@ -71,11 +79,8 @@ def composed(overrides: list[str]) -> tuple:
     return cfg, choices
 
 
-def work(pipe: Connection, name: str, folders: list[str], log: Path, gpu: str | None, threads: int, known: set[str]) -> None:
-    """One process of the pool: compute the cells that come through the pipe, answer each with what became of it. Prints into a log of its own.
-
-    known: fingerprints of cells that are not computed.
-    """
+def work(pipe: Connection, name: str, folders: list[str], log: Path, gpu: str | None, threads: int) -> None:
+    """One process of the pool: compute the cells that come through the pipe, answer each with what became of it. Prints into a log of its own."""
     said = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(said, 1)
     os.dup2(said, 2)
@@ -90,20 +95,9 @@ def work(pipe: Connection, name: str, folders: list[str], log: Path, gpu: str | 
         while cell := _next(pipe):
             try:
                 cfg, choices = composed([*cell, *folders, f"sweep={name}"])
-                has_rows = known and _fingerprint(cfg, choices) in known
-                pipe.send("" if has_rows else entry.noted(cfg, choices, sweep.Note(sweep.folder(cfg.outputs, name), cell)))
+                pipe.send(entry.noted(cfg, choices, sweep.Note(sweep.folder(cfg.outputs, name), cell)))
             except Exception as error:  # a config that does not compose
                 pipe.send(entry.explain(error))
-
-
-def _fingerprint(cfg, choices: dict) -> str:
-    """Of a cell, or "" if it is refused: the run itself says why."""
-    from kvq.runner import prepare
-
-    try:
-        return results.fingerprint(choices["quant"], choices["task"], prepare(cfg, choices).resolved)
-    except Refusal:
-        return ""
 
 
 def _next(pipe: Connection) -> list[str] | None:
@@ -116,9 +110,9 @@ def _next(pipe: Connection) -> list[str] | None:
 class Pool:
     """`jobs` processes; a cell goes to the first free one whose GPU has room for it."""
 
-    def __init__(self, jobs: int, heavy: int, gpus: list[str], where: Path, folders: list[str], known: set[str]):
-        """where: the sweep's folder, for logs. folders: overrides for every cell that do not say what is computed. known: as in `work`."""
-        self.heavy, self.gpus, self.where, self.folders, self.known = heavy, gpus, where, folders, known
+    def __init__(self, jobs: int, heavy: int, gpus: list[str], where: Path, folders: list[str]):
+        """where: the sweep's folder, for logs. folders: overrides for every cell that do not say what is computed."""
+        self.heavy, self.gpus, self.where, self.folders = heavy, gpus, where, folders
         self.threads = max(1, len(os.sched_getaffinity(0)) // jobs)
         self.free = [self._start(i) for i in range(jobs)]
         self.busy: dict[Connection, tuple] = {}
@@ -126,7 +120,7 @@ class Pool:
     def _start(self, place: int) -> tuple:
         here, there = multiprocessing.get_context("spawn").Pipe()
         gpu = self.gpus[place % len(self.gpus)] if self.gpus else None
-        told = (there, self.where.name, self.folders, self.where / f"worker-{place}.log", gpu, self.threads, self.known)
+        told = (there, self.where.name, self.folders, self.where / f"worker-{place}.log", gpu, self.threads)
         process = multiprocessing.get_context("spawn").Process(target=work, args=told, daemon=True)
         process.start()
         there.close()  # so that a dead worker's pipe ends
@@ -184,7 +178,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=2, help="processes at once, spread over the visible GPUs")
     parser.add_argument("--heavy", type=int, default=6, help=f"of these, at most so many per GPU on {' or '.join(HEAVY)}")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop then; the same words go on later")
-    parser.add_argument("--missing", action="store_true", help="leave out cells that have rows under another name (see kvq.missing), for example of another number type")
+    parser.add_argument("--cells", type=Path, help="a file of cells, one per line as --list and kvq.missing --list print them, in place of experiments")
     parser.add_argument("--list", action="store_true", help="print the cells and stop")
     given = parser.parse_intermixed_args(arguments)
     if given.jobs < 1 or given.heavy < 1:
@@ -193,20 +187,20 @@ def main(arguments: list[str] | None = None) -> int:
     deadline = time.monotonic() + 60 * given.minutes
     words = [w for w in given.words if "=" in w]
     try:
-        wanted = cells([w for w in given.words if "=" not in w], sweep.essence(words))
+        names = [w for w in given.words if "=" not in w]
+        wanted = listed(given.cells, sweep.essence(words)) if given.cells and not names else cells(names, sweep.essence(words))
     except Exception as error:
         print(f"error: {entry.explain(error) if isinstance(error, Refusal) else entry.sentence(str(error))}", file=sys.stderr)
         return 2
     if given.list:
-        print("\n".join(" ".join(cell) for cell in wanted))
+        print("\n".join(shlex.join(cell) for cell in wanted))
         return 0
     entry.prepare_environment()
     folders = [w for w in words if w not in sweep.essence(words)]
     place = {"results": "results", "outputs": "outputs", **dict(w.split("=", 1) for w in folders)}
     where = sweep.folder(place["outputs"], sweep.name_of(["campaign", *given.words]))
     plan.write(where, [sweep.essence(cell) for cell in wanted], place["results"])
-    known = set(results.fingerprints(Path(place["results"]))) if given.missing else set()
-    pool = Pool(given.jobs, given.heavy, visible_gpus(), where, folders, known)
+    pool = Pool(given.jobs, given.heavy, visible_gpus(), where, folders)
     try:
         ended = pool.run(wanted, deadline)
     finally:

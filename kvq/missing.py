@@ -4,11 +4,12 @@
     python -m kvq.missing pareto suites size=gpu model.dtype=bfloat16
 
 Without experiments: all of conf/experiment. A run's name holds the number type, which `auto` makes bfloat16 on a GPU and float32 on a CPU: name it
-to ask for another machine's rows. `kvq.campaign --missing` with the same words computes what is missing, in one go. A cell whose rows exist under another name
+to ask for another machine's rows. `kvq.missing --list` prints each missing cell once, for `kvq.campaign --cells`. A cell whose rows exist under another name
 (made with another number type, or before an option or the embedded examples changed) is missing, and told apart as `renamed`.
 """
 
 import argparse
+import shlex
 import sys
 from collections import Counter
 from pathlib import Path
@@ -17,8 +18,8 @@ from kvq import campaign, entry, results, sweep
 from kvq.errors import Refusal
 
 
-def cells(experiment: str, words: list[str], known: dict[str, list[str]]) -> list[tuple[str, str, str]]:
-    """(state, what sets the cell apart, reason or run) for every cell: finished, renamed, refused or missing. known: `results.fingerprints` of the rows there are.
+def cells(experiment: str, words: list[str], known: dict[str, list[str]]) -> list[tuple[str, list[str], str]]:
+    """(state, its overrides, reason or run) for every cell: finished, renamed, refused or missing. known: `results.fingerprints` of the rows there are.
 
     Raises Refusal if there is no such experiment, hydra's errors if the words do not compose.
     """
@@ -31,15 +32,14 @@ def cells(experiment: str, words: list[str], known: dict[str, list[str]]) -> lis
     with initialize_config_dir(entry.CONFIG, version_base="1.3"):
         for overrides in wanted:
             cfg, choices = campaign.composed(overrides)
-            name = " ".join(w for w in sweep.essence(overrides) if w not in words and w != f"experiment={experiment}")
             try:
                 cell = prepare(cfg, choices)
             except Refusal as refusal:
-                found.append(("refused", name, str(refusal)))
+                found.append(("refused", overrides, str(refusal)))
                 continue
             others = known.get(results.fingerprint(choices["quant"], choices["task"], cell.resolved), [])
             state = "finished" if finished(cell) else "renamed" if others else "missing"
-            found.append((state, name, cell.run if state == "finished" else ", ".join(others)))
+            found.append((state, overrides, ", ".join(others) if state == "renamed" else cell.run))
     return found
 
 
@@ -48,26 +48,33 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m kvq.missing", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="*", help="experiments and Hydra overrides, for example: pareto suites size=gpu")
     parser.add_argument("--counts", action="store_true", help="leave the cells out")
+    parser.add_argument("--list", action="store_true", help="print every missing cell once and nothing else, for kvq.campaign --cells")
     given = parser.parse_intermixed_args(arguments)
     words = [w for w in given.words if "=" in w]
     names = [w for w in given.words if "=" not in w] or sorted(p.stem for p in Path(entry.CONFIG, "experiment").glob("*.yaml"))
     folder = next((Path(w.partition("=")[2]) for w in words if w.startswith("results=")), Path("results"))
     entry.prepare_environment()
-    whole = True
+    whole, listed = True, set()
     try:
         known = results.fingerprints(folder)
         for name in names:
             found = cells(name, words, known)
+            if given.list:
+                new = {run: cell for state, cell, run in found if state == "missing" and run not in listed}
+                listed |= new.keys()
+                print("".join(shlex.join(cell) + "\n" for cell in new.values()), end="", flush=True)
+                continue
             counts = Counter(state for state, _, _ in found)
             whole &= not counts["missing"] + counts["renamed"]
             print(f"{name}: {len(found)} cells, " + ", ".join(f"{counts[s]} {s}" for s in ("finished", "renamed", "missing", "refused") if counts[s]), flush=True)
             for state, cell, reason in [] if given.counts else found:
                 if state != "finished":
-                    print(f"  {state:8} {cell}{': ' if reason else ''}{reason}")
+                    told = " ".join(w for w in sweep.essence(cell) if w not in words and w != f"experiment={name}")
+                    print(f"  {state:8} {told}" + (f": {reason}" if state in ("renamed", "refused") else ""))
     except Exception as error:
         print(f"error: {entry.explain(error) if isinstance(error, Refusal) else entry.sentence(str(error))}", file=sys.stderr)
         return 2
-    return 0 if whole else 1
+    return 0 if whole and not listed else 1
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ def test_cells_of_several_experiments_once_each_long_ones_first():
         campaign.cells(["suites", "sweet"], [])
 
 
-def pretend(pipe, name, folders, log, gpu, threads, known):
+def pretend(pipe, name, folders, log, gpu, threads):
     """Stands in for campaign.work: says what it began and ended, does what its cell says."""
     while cell := campaign._next(pipe):
         with open(log.parent / "events", "a") as stream:
@@ -45,7 +45,7 @@ def pool(tmp_path, monkeypatch):
     made = []
 
     def make(**options):
-        made.append(campaign.Pool(where=tmp_path, folders=[], known=set(), **options))
+        made.append(campaign.Pool(where=tmp_path, folders=[], **options))
         return made[-1]
 
     yield make
@@ -90,9 +90,12 @@ def test_a_campaign_goes_on_where_it_ended(tmp_path):
     files = {p: p.stat().st_mtime_ns for p in (tmp_path / "results/runs").iterdir()}
     assert len(files) == 4 and start(*words).returncode == 0
     assert files == {p: p.stat().st_mtime_ns for p in (tmp_path / "results/runs").iterdir()}, "a finished run was computed again"
-    other = start(*words, "model.dtype=bfloat16", "--missing")
-    assert other.returncode == 0 and files.keys() == set((tmp_path / "results/runs").iterdir()), "a cell with rows of another number type is not missing"
     told = subprocess.run([sys.executable, "-m", "kvq.status", f"{tmp_path}/outputs"], cwd=ROOT, capture_output=True, text=True)
     assert told.returncode == 0 and "1 done of 1" in told.stdout
+    (tmp_path / "cells").write_text(start("blockgtq_energy", "size=fast", "--list").stdout)
+    again = start("--cells", f"{tmp_path}/cells", *words[2:])
+    assert again.returncode == 0 and "1 of 1 cells done" in again.stderr and files.keys() == set((tmp_path / "results/runs").iterdir())
+    absent = start("--cells", f"{tmp_path}/none")
+    assert absent.returncode == 2 and "there is no file" in absent.stderr
     wrong = start("blockgtq_energy", "size=small")
     assert wrong.returncode == 2 and "there is no size=small" in wrong.stderr and "Traceback" not in wrong.stderr

@@ -14,9 +14,12 @@ def test_a_cell_is_missing_then_finished_and_renamed_for_another_number_type(tmp
     words = ["blockgtq_energy", "size=fast", f"results={tmp_path}/results", f"outputs={tmp_path}/outputs"]
     code, out = said(capsys, *words)
     assert code == 1 and "blockgtq_energy: 1 cells, 1 missing" in out and "missing  quant=blockgtq bits=3 task=allocation" in out
+    code, out = said(capsys, *words[:1], *words, "--list")
+    assert code == 1 and out.count("\n") == 1 and "quant=blockgtq" in out, "a cell of two experiments is listed once"
     compute(cells(words[:1], words[1:])[0])
     code, out = said(capsys, *words)
     assert code == 0 and out.endswith("blockgtq_energy: 1 cells, 1 finished\n")
+    assert said(capsys, *words, "--list", "model.dtype=bfloat16") == (0, "")
     code, out = said(capsys, *words, "model.dtype=bfloat16")
     runs = {p.stem for p in (tmp_path / "results" / "runs").glob("*.parquet")}
     assert code == 1 and "1 cells, 1 renamed\n" in out and out.partition("  renamed  quant=blockgtq bits=3 task=allocation: ")[2].strip() in runs
