@@ -162,8 +162,8 @@ def _join(scores, first, peaks, tokens, rows, queries, PARTIAL: tl.constexpr, RA
     row, token = tl.program_id(0), tl.program_id(1) * BT + tl.arange(0, BT)
     own = scores + row.to(tl.int64) * tokens + token
     score = tl.load(own, mask=token < tokens, other=float("-inf"))
-    for share in tl.static_range(1, PARTIAL):
-        score += tl.load(own + rows.to(tl.int64) * tokens * share, mask=token < tokens, other=0.0)
+    for share in tl.static_range(1, PARTIAL):  # `rows` of one is a constant, not a tensor
+        score += tl.load(scores + (row.to(tl.int64) + share * rows) * tokens + token, mask=token < tokens, other=0.0)
     if RAGGED:
         score = tl.where(token >= tl.load(first + row // queries), score, float("-inf"))
     tl.store(own, score, mask=token < tokens)

@@ -20,6 +20,7 @@ CASES = {  # batch, heads, queries per head, D, tokens, key piece and stages, va
     "after RoPE, pieces over two heads, three queries a head": (2, 4, 3, 32, 70, 64, 4, 32, 2, 16, {"rotary": False, "dtype": torch.float8_e4m3fn}),
     "after RoPE, one strided table, codes by heads": (1, 2, 2, 32, 40, 16, 2, 16, 2, 16, {"rotary": False, "strips": True, "shared": True, "sized": True, "strided": True}),
     "one token": (1, 1, 5, 32, 1, 16, 1, 16, 1, 4, {}),
+    "one token, head and query: counts of one are constants to the compiler": (1, 1, 1, 32, 1, 16, 2, 16, 2, 16, {}),
     "a sliding window: whole tiles hidden, each row its own": (3, 1, 2, 32, 200, 16, 2, 32, 2, 16, {"hidden": 70, "apart": 60}),
     "eight bits, narrow pieces": (1, 2, 2, 64, 90, 8, 4, 8, 4, 32, {"dtype": torch.float8_e4m3fn}),
     "one shared table, codes by heads, sizes, strided keys": (2, 2, 2, 32, 100, 16, 2, 8, 3, 16, {"strips": True, "shared": True, "sized": True, "strided": True}),
