@@ -1,20 +1,22 @@
-"""Timings of results/latency: of kernels, as their benchmarks write them, and of whole decoding steps, as task=latency writes them to its runs."""
+"""Timings of results/latency: of kernels, as their benchmarks write them, and of whole decoding steps, as task=latency writes them to its runs.
+
+Column `kind` tells them apart: kernel, decode attention of one layer; memory, steps at equal memory; part, anything else that was timed; step, whole steps.
+"""
 
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import pandas as pd
 
-from experiments import committed, style
+from experiments import committed
 from experiments.tables import Table
 
 SHAPE = r"q(?P<heads>\d+) kv(?P<kv>\d+) d(?P<dim>\d+) b(?P<batch>\d+) t(?P<tokens>\d+)"
 EXACT = ("sdpa", "fp16")
 """Providers of these prefixes attend to an fp16 cache with shared KV heads; the fastest of them is the reference."""
 VARIANT = r"( fp16 tables| fp8 tables|,).*"
-"""What follows in a provider's name is a variant of one method: the fastest stands for it."""
-
-
+"""What follows in a provider's name is a variant of one method: the fastest stands for it in figures."""
+GONE = "replaced"
+"""In a provider's name: a version that is not in the tree any more. Tables leave it out; kernels/NOTES.md keeps what it taught."""
 STEP = r"(?P<memory>b\d+|[\d.]+GB) t\d+ (?P<how>\w+) (?P<route>\w+)"
 VECTOR = ("gsrq", "gskm", "km", "vqllm", "cq")
 """Methods with codebooks begin so; their steps belong to GSRQ's tables, all others to Block-GTQ's."""
@@ -43,33 +45,57 @@ def steps(results: Path, vector: bool) -> pd.DataFrame:
     return wide[wide["how"] == "graph"].assign(kind="step").sort_values(["model", "quant", "bits", "tokens", "batch"], ignore_index=True)
 
 
-def gather(results: Path, file: str) -> pd.DataFrame:
-    """Decode attention in microseconds from results/latency/<file>.parquet, the fastest variant of each method, the shape's numbers as columns.
-
-    Timings whose outputs were not checked on the device say so in the method's name.
-    """
+def load(results: Path, file: str) -> pd.DataFrame:
+    """Rows of results/latency/<file>.parquet; timings whose outputs were not checked on the device say so in the provider's name."""
     path = Path(results) / "latency" / f"{file}.parquet"
-    frame = pd.read_parquet(path) if path.is_file() else pd.DataFrame(columns=["kernel", "metric", "shape", "provider", "median"])
-    frame = frame[(frame["kernel"] == "decode_attention") & (frame["metric"] == "time") & frame["shape"].astype(str).str.fullmatch(SHAPE)]
+    if not path.is_file():
+        return pd.DataFrame(columns=["kernel", "metric", "shape", "provider", "median"])
+    frame = pd.read_parquet(path).astype({"shape": str, "provider": str})
+    if "checked" in frame:
+        frame["provider"] = frame["provider"].where(frame["checked"].astype(bool), frame["provider"] + " (unverified)")
+    return frame[~frame["provider"].str.contains(GONE)]
+
+
+def gather(results: Path, file: str) -> pd.DataFrame:
+    """Decode attention in microseconds and steps at equal memory from one file, the shape's numbers as columns.
+
+    `fastest` marks the fastest variant of each method and shape, `ratio` is the fastest fp16 time (at equal memory: our tokens per second) over
+    the same of this row (of fp16), `against_flash` the same with flash alone.
+    """
+    frame = load(results, file)
+    frame = frame[frame["shape"].str.fullmatch(SHAPE)]
     if frame.empty:
         return frame
-    method = frame["provider"].str.replace(VARIANT, "", regex=True)
-    if "checked" in frame:  # outputs compared with the definition in the same run
-        method = method.where(frame["checked"].astype(bool), method + " (unverified)")
-        frame = frame.assign(provider=frame["provider"].where(frame["checked"].astype(bool), frame["provider"] + " (unverified)"))
-    frame = frame.assign(method=method, kind="kernel")
-    frame = frame.loc[frame.groupby(["method", "shape"])["median"].idxmin()]
-    return frame.join(frame["shape"].str.extract(SHAPE).astype(int)).sort_values(["heads", "kv", "batch", "method", "tokens"], ignore_index=True)
+    frame = frame.assign(method=frame["provider"].str.replace(VARIANT, "", regex=True))
+    frame = frame.join(frame["shape"].str.extract(SHAPE).astype(int))
+    times = frame[(frame["kernel"] == "decode_attention") & (frame["metric"] == "time")].assign(kind="kernel")
+    times["ratio"] = times["shape"].map(_fp16(times)) / times["median"]
+    times["against_flash"] = times["shape"].map(_fp16(times, "flash")) / times["median"]
+    times["fastest"] = times.index.isin(times.groupby(["method", "shape"])["median"].idxmin())
+    read = frame[frame["metric"] == "of_roofline"].set_index(["provider", "shape"])["median"]
+    times = times.join(read.rename("of_roofline"), on=["provider", "shape"])
+    off = frame.loc[frame["metric"] == "difference from the definition", "median"]
+    times["difference"] = off.max() if len(off) else float("nan")
+    whole = frame[frame["kernel"] == "decode_step"].pivot(index=["provider", "method", "shape", "batch", "tokens"], columns="metric", values="median").reset_index()
+    if len(whole):
+        plain = whole["method"].str.startswith(EXACT)
+        speed = whole["throughput at equal memory"]
+        whole = whole.assign(kind="memory", ratio=speed / speed[plain].max(), per_second=speed, median=whole["time"])
+        whole["fastest"] = whole.index.isin(whole.groupby("method")["median"].idxmin())
+        whole = whole.drop(columns=["time", "throughput at equal memory"])
+    rows = pd.concat([times, whole] if len(whole) else [times], ignore_index=True)
+    return rows.sort_values(["kind", "heads", "kv", "batch", "method", "provider", "tokens"], ignore_index=True)
 
 
-def reference(rows: pd.DataFrame) -> pd.Series:
+def _fp16(rows: pd.DataFrame, ending: str = "") -> pd.Series:
     """Microseconds of the fastest fp16 provider per shape."""
-    return rows[rows["method"].str.startswith(EXACT)].groupby("shape")["median"].min()
+    return rows[rows["method"].str.startswith(EXACT) & rows["method"].str.endswith(ending)].groupby("shape")["median"].min()
 
 
-def both(results: Path, file: str, vector: bool) -> pd.DataFrame:
-    """Kernel rows and whole steps, told apart by column `kind`."""
-    return pd.concat([part for part in (gather(results, file), steps(results, vector)) if len(part)] or [pd.DataFrame()], ignore_index=True)
+def both(results: Path, file: str, vector: bool, *others: str) -> pd.DataFrame:
+    """Everything that belongs to one paper: decode attention, `others` (files of results/latency) as parts, whole steps."""
+    parts = [load(results, name).assign(kind="part") for name in others]
+    return pd.concat([part for part in (gather(results, file), *parts, steps(results, vector)) if len(part)] or [pd.DataFrame()], ignore_index=True)
 
 
 def kernels(rows: pd.DataFrame) -> pd.DataFrame:
@@ -77,84 +103,54 @@ def kernels(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def speedups(rows: pd.DataFrame) -> pd.DataFrame:
-    """Time of the fastest fp16 decode with shared KV heads over each method's time; `against` is always gqa."""
-    rows = kernels(rows)
-    coded = rows[~rows["method"].str.startswith(EXACT)]
-    return coded.assign(ratio=coded["shape"].map(reference(rows)) / coded["median"], against="gqa")
+    """Coded rows with `ratio`: of kernels, time of the fastest fp16 decode over theirs; at equal memory, their tokens per second over fp16's. fp16
+    shares its KV heads in both: `against` is always gqa."""
+    rows = rows[rows["kind"].isin(["kernel", "memory"])]
+    return rows[~rows["method"].str.startswith(EXACT)].assign(against="gqa")
 
 
-def color(method: str) -> str:
-    """fp16 grey; scalar codes by method; vector codes in GSRQ's colour, rebuilding first in its lighter one."""
-    known = {"sdpa": "fp16", "fp16": "fp16", "tq": "tq_mse", "blockgtq": "blockgtq", "int4": "int4", "fp8": "fp8", "codes": "gsrq", "rebuild": "gskm"}
-    return next((style.color(name) for prefix, name in known.items() if method.startswith(prefix)), style.color(method))
+def name(shape: tuple[int, int, int, int]) -> str:
+    """Head counts, batch and tokens as a column of a table."""
+    heads, kv, batch, tokens = map(int, shape)
+    return f"{heads}/{kv}, {batch} x {tokens / 1024:g}K"
 
 
-def figure(rows: pd.DataFrame):
-    """Microseconds of decode attention against cached tokens, one panel per head shape at batch 1, and its speed against fp16; below, where there
-    are any, milliseconds of whole steps, one panel per model, and their speed."""
-    whole = rows[rows["kind"] == "step"]
-    part = kernels(rows)
-    part = part[part["batch"] == 1]
-    shapes, models = sorted(part.groupby(["heads", "kv"]).groups), sorted(whole["model"].unique()) if len(whole) else []
-    across = max(len(shapes), len(models)) + 1
-    figure, grid = plt.subplots(2 if models else 1, across, figsize=(style.PAGE, 5.2 if models else 2.7), squeeze=False)
-    axes = grid[0]
-    dashes = ("-", "--", ":", "-.")
-    order = {m: sorted(x for x in part["method"].unique() if color(x) == color(m)).index(m) for m in part["method"].unique()}
-    for axis, (heads, kv) in zip(axes, shapes):
-        for method, line in part[(part["heads"] == heads) & (part["kv"] == kv)].groupby("method"):
-            bars = [line["median"] - line["p5"], line["p95"] - line["median"]]
-            look = {"color": color(method), "linestyle": dashes[order[method] % 4], "marker": "osD^v"[order[method] % 5], "markersize": 3}
-            axis.errorbar(line["tokens"], line["median"], bars, capsize=1.5, label=method.replace("_", " "), **look)
-        style.plain_log(axis, "y", 10)
-        axis.set_title(f"{heads} query heads, {kv} KV heads")
-    axes[0].set_ylabel("decode attention of one layer\n(microseconds)")
-    for method, line in speedups(part).groupby("method"):
-        for _, cells in line.groupby(["heads", "kv"]):
-            axes[-1].plot(cells["tokens"], cells["ratio"], color=color(method), linestyle=dashes[order[method] % 4], marker="osD^v"[order[method] % 5], markersize=3)
-    if models:
-        _steps(grid[1], whole, models)
-    for line in grid:
-        line[-1].axhline(1, color=style.color("fp16"), linewidth=0.8)
-        line[-1].set_ylim(bottom=0)
-        line[-1].set_title("speed against fp16, shared KV heads")
-        for axis in line:
-            if not axis.has_data():
-                axis.set_axis_off()
-                continue
-            style.plain_log(axis)
-            axis.xaxis.set_major_formatter(lambda v, _: f"{v / 1024:g}K")
-            axis.set_xlabel("cached tokens")
-    named = {text: handle for axis in grid.flat for handle, text in zip(*axis.get_legend_handles_labels())}
-    figure.legend(named.values(), named.keys(), loc="outside upper center", ncols=4)
-    return figure
+def _wide(parts: pd.DataFrame, column: str, form: str) -> pd.DataFrame:
+    """One row per provider, one column per shape, numbers as text."""
+    wide = parts.pivot_table(index="provider", columns=["heads", "kv", "batch", "tokens"], values=column, sort=True)
+    wide.columns = [name(shape) for shape in wide.columns]
+    return wide.map(lambda v: "" if v != v else format(v, form)).reset_index()
 
 
-def _steps(axes, whole: pd.DataFrame, models: list[str]) -> None:
-    one = whole[whole["memory"] == "b1"]
-    for axis, model in zip(axes, models):
-        here = one[one["model"] == model]
-        for (quant, bits), line in here.groupby(["quant", "bits"]):
-            bars = [line["median"] - line["p5"], line["p95"] - line["median"]]
-            style.points(axis, line["tokens"], line["median"], None, quant, text=f"{style.label(quant)}, {style.bits(bits)}, whole step")
-            axis.errorbar(line["tokens"], line["median"], bars, color=style.color(quant), linestyle="none", capsize=1.5)
-            axes[-1].plot(line["tokens"], line["speed"], color=style.color(quant), marker=style.marker(quant), markersize=3)
-        fastest = here[["flash", "cudnn"]].min(axis=1).groupby(here["tokens"]).min()
-        axis.plot(fastest.index, fastest, color=style.color("fp16"), label="fp16, whole step")
-        style.plain_log(axis, "y", 10)
-        axis.set_title(model.removeprefix("random_").replace("_", " "))
-    axes[0].set_ylabel("whole step, one sequence\n(milliseconds)")
+def _distinct(frame: pd.DataFrame, column: str) -> str:
+    return ", ".join(sorted(set(frame[column].dropna().astype(str))))
 
 
 def tabulate(rows: pd.DataFrame, caption: str, experiment: str) -> Table:
-    """Kernels: microseconds and speed per shape and method. Whole steps below, or one sentence that there are none."""
-    parts = kernels(rows)
-    fast = parts.assign(speed=(parts["shape"].map(reference(parts)) / parts["median"]).round(3))
-    shown = fast[["shape", "provider", "median", "p5", "p95", "speed"]].round(3)
-    date, gpu, command = (", ".join(sorted(set(parts[c].astype(str)))) for c in ("date", "gpu", "command"))
-    whole = rows[rows["kind"] == "step"]
-    made = Table(f"{caption} {gpu}, {date}. `{command}`" + ("" if len(whole) else " " + MISSING.format(experiment)))
-    made.add("", shown.rename(columns={"median": "microseconds", "speed": "speed against fp16 with shared KV heads"}))
+    """Kernels: microseconds and speed by provider and shape; steps at equal memory; other parts. Whole steps below, or one sentence that there are none."""
+    parts, memory, others, whole = (rows[rows["kind"] == kind] for kind in ("kernel", "memory", "part", "step"))
+    spread = ((parts["p95"] - parts["p5"]) / parts["median"]).median()
+    off = parts["difference"].max() if len(parts) else float("nan")
+    sure = f"Every kernel agreed with its definition at 2,000 tokens of ragged rows first (difference at most {off:.1e})."
+    if off != off:
+        wrong = parts["provider"].str.contains("unverified").any()
+        sure = "What is called unverified gave a wrong output." if wrong else "Every timed output agreed with its definition within 1e-2."
+    commands = "; ".join(f"`{c.strip()}`" for c in sorted(set(parts["command"].astype(str))))
+    made = Table(
+        f"{caption} {_distinct(parts, 'gpu')}, {_distinct(parts, 'date')}, {commands}. Medians; 5 to 95 % span {spread:.1%} of the median. "
+        f"{sure} Columns: query/KV heads, batch x cached tokens." + ("" if len(whole) else " " + MISSING.format(experiment))
+    )
+    made.add("Microseconds", _wide(parts, "median", ",.1f"))
+    made.add("Speed against the fastest fp16 with shared KV heads", _wide(parts[~parts["method"].str.startswith(EXACT)], "ratio", ".3f"))
+    if parts["of_roofline"].notna().any():
+        made.add("Bytes read per second, share of a copy's 4.3 TB/s", _wide(parts, "of_roofline", ".3f"))
+    if len(memory):
+        shown = memory.sort_values("per_second", ascending=False)[["provider", "batch", "tokens", "median", "per_second", "ratio"]].astype({"batch": int, "tokens": int})
+        shown = shown.rename(columns={"batch": "sequences", "tokens": "tokens each", "median": "ms per step", "per_second": "tokens/s", "ratio": "against fp16"}).round(3)
+        made.add("Whole steps at equal memory: 100 GB of cache and codebooks, attention of 32 layers, appends and random weights in the shape of Llama-3-8B", shown)
+    for kernel, part in others.groupby("kernel", sort=False):
+        where = "; ".join(sorted({f"{g}, {d}, `{c}`" for g, d, c in zip(part["gpu"], part["date"], part["command"])}))
+        made.add(f"{kernel.replace('_', ' ')} ({where})", part[["shape", "provider", "metric", "median", "p5", "p95", "unit"]])
     if len(whole):
         gigabytes = whole.assign(**{name: (whole[name] / 1e9).round(2) for name in ("cache", "weights", "peak")})
         columns = ["model", "quant", "bits", "bits_stored", "piece", "memory", "tokens", "batch", "median", "p5", "p95", "flash", "cudnn", "fp16_batch", "speed", "per_second",

@@ -4,9 +4,10 @@ import json
 import shutil
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
-from experiments import blockgtq_deployment, gsrq_latency, gsrq_memory, latency, style
+from experiments import blockgtq_deployment, gsrq_latency, gsrq_memory, latency, latency_figure, style
 from kvq import results
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,3 +70,38 @@ def test_measured_peaks_join_the_memory_figure(folder):
     rows = gsrq_memory.rows(folder)
     assert rows[rows["arm"] == "measured GSRQ"][["batch", "value"]].to_numpy().tolist() == [[8, 18.0], [64, 18.0]]
     assert "measured FP16" in gsrq_memory.table(rows).markdown() and gsrq_memory.draw(rows).axes
+
+
+def timing(provider, median, kernel="decode_attention", metric="time", unit="us", shape="q32 kv8 d128 b1 t8192", **more):
+    where = {"gpu": "a GPU", "torch": "", "triton": "", "date": "2026-11-30", "command": "python -m bench", "commit": "c"}
+    return {"kernel": kernel, "provider": provider, "shape": shape, "metric": metric, "unit": unit, "median": median, "p5": median, "p95": median, **where, **more}
+
+
+def test_the_fastest_variant_is_drawn_and_every_variant_is_in_the_table(tmp_path):
+    style.setup()
+    (tmp_path / "latency").mkdir()
+    at = {"kernel": "decode_step", "shape": "q32 kv8 d128 b23 t32768"}
+    rows = [timing("fp16 flash", 20.0), timing("fp16 cudnn", 10.0), timing("codes 1 bit d32 fp16 tables, tiles", 50.0), timing("codes 1 bit d32 fp8 tables, bound", 40.0),
+            timing("fp16 flash", 30.0, unit="ms", **at), timing("fp16 flash", 800.0, metric="throughput at equal memory", **at),
+            timing("codes 1 bit d32 fp8 tables, bound", 90.0, **at), timing("codes 1 bit d32 fp8 tables, bound", 400.0, metric="throughput at equal memory", **at)]  # fmt: skip
+    pd.DataFrame(rows).to_parquet(tmp_path / "latency" / "vq_attention.parquet")
+    encoded = [timing("triton greedy", 4e5, "rvq_encode", "throughput", "tokens/s", "n9"), timing("triton (replaced)", 1.0, "rvq_encode", "throughput", "tokens/s", "n9")]
+    pd.DataFrame(encoded).to_parquet(tmp_path / "latency" / "vq_encode.parquet")
+    found = gsrq_latency.rows(tmp_path)
+    speed = latency.speedups(found)
+    kernel = speed[speed["kind"] == "kernel"]
+    assert kernel["ratio"].tolist() == [0.2, 0.25] and kernel["fastest"].tolist() == [False, True] and kernel["against_flash"].tolist() == [0.4, 0.5]
+    assert speed.loc[speed["kind"] == "memory", "ratio"].tolist() == [0.5]
+    text = gsrq_latency.table(found).markdown()
+    assert all(word in text for word in ("fp16 tables, tiles | 50.0", "fp8 tables, bound | 0.250", "rvq encode", "triton greedy")) and "replaced" not in text
+    drawn = [line for line in latency_figure.draw(found).axes[1].lines if len(line.get_xdata()) == 1]
+    assert [line.get_ydata().tolist() for line in drawn] == [[0.25]]
+
+
+def test_outputs_that_were_not_right_are_named(tmp_path):
+    (tmp_path / "latency").mkdir()
+    rows = [timing("sdpa_flash", 20.0, checked=True), timing("tq_k3v3", 10.0, checked=False), timing("encode tq", 3.0, "encode", "rate", "GB/s", "n9", checked=True)]
+    pd.DataFrame(rows[:2]).to_parquet(tmp_path / "latency" / "decode_attention.parquet")
+    pd.DataFrame(rows[2:]).to_parquet(tmp_path / "latency" / "encode.parquet")
+    text = blockgtq_deployment.table(blockgtq_deployment.rows(tmp_path)).markdown()
+    assert "tq_k3v3 (unverified)" in text and "Every timed output agreed" not in text and "encode tq" in text
