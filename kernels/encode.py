@@ -1,6 +1,6 @@
 """Tokens to pages in one launch: norm, rotation, nearest level, gain, bits, written behind what the pages hold.
 
-The definition is the codec's own `encode` followed by `kernels.pages.Pages.append`, which works in float64; the kernel works in float32 (a
+:func:`symbols` defines, in float64 as the codecs' own `encode`; the kernel works in float32 (a
 float16 token is taken exactly, the rotation to 22 bits). Codes are equal except where a rotated value lies within about 1e-5 of a
 threshold, relative to the vector's norm; a gain may differ by its last bit, and one beyond float16, which the codec refuses, is infinite.
 """
@@ -8,14 +8,58 @@ threshold, relative to the vector's norm; a gain may differ by its last bit, and
 import torch
 from torch import Tensor
 
+from kernels import backend
 from kernels.pages import PAGE, Pages, Spec
+from kernels.scalar import nearest
 
 TILE = 16
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
 def encodable(spec: Spec) -> bool:
     """Whether the kernel serves this codec: gains of norm or least squares, head dimension a power of two from 16 on, 1 to 8 bits."""
     return spec.gain in ("unit_norm", "least_squares") and not spec.offset and not spec.channels and spec.dim >= TILE and spec.dim & (spec.dim - 1) == 0
+
+
+def symbols(spec: Spec, x: Tensor) -> tuple[Tensor, Tensor]:
+    """(integer codes [B, H, T, D] by stored position, gains [B, segments, T] as they are stored) of tokens x [B, H, T, D]; reads nothing back to the host."""
+    y = x.double() if spec.mean is None else x.double() - spec.mean[:, None]
+    y = y if spec.rotation is None else y @ spec.rotation.to(y.dtype).mT
+    codes, gains = torch.empty_like(y, dtype=torch.int32), []
+    for seg in spec.segments:
+        part = y[:, seg.head, :, seg.start : seg.start + seg.size]
+        norm = part.square().sum(-1).sqrt()
+        levels = spec.levels[seg.book : seg.book + 2**seg.width].to(y.dtype)
+        code = nearest(part * (seg.size**0.5 / torch.where(norm > 0, norm, 1.0))[..., None], levels)
+        level = levels[code]
+        power = level.square().sum(-1)
+        gains.append((part * level).sum(-1) / power if spec.gain == "least_squares" else norm / power.sqrt())
+        codes[:, seg.head, :, seg.start : seg.start + seg.size] = code
+    gain = torch.stack(gains, 1)
+    if spec.log8:
+        gain = ((8 * gain.clamp_min(2.0**-30).log2()).round() + 128).clamp(0, 255)
+    return codes, gain.to(spec.stored)
+
+
+def write(pages: Pages, x: Tensor, starts: Tensor, counts: Tensor) -> None:
+    """Code tokens x [B, H, T, D] and write the first counts[b] of them behind starts[b] of `pages`; bits of other tokens stay as they are.
+
+    Words and sides are added to as integers: a token beyond counts adds nothing, wherever it points.
+    """
+    codes, gains = symbols(pages.spec, x)
+    token = torch.arange(x.shape[2], device=x.device)
+    fresh = token < counts[:, None]
+    at = torch.where(fresh, starts[:, None] + token, 0)  # [B, T]
+    page, slot = at // PAGE, at % PAGE
+    row = torch.arange(x.shape[0], device=x.device)[:, None].expand_as(page)
+    where = (row, page) if pages.table is None else (pages.table[row, page].long(),)
+    words = pages.words.transpose(1, 2) if pages.table is None else pages.words  # [.., H, W]
+    old = words[where] & pages.layout.bits(torch.full_like(codes, -1, dtype=torch.int64), slot)
+    words.index_put_(where, (pages.layout.bits(codes.long(), slot) - old) * fresh[..., None, None], accumulate=True)
+    integer = INTEGERS[pages.sides.element_size()]
+    sides = pages.sides.view(integer).transpose(-1, -2)  # [.., 32, R]
+    new = gains.transpose(1, 2).contiguous().view(integer)
+    sides.index_put_((*where, slot), (new - sides[(*where, slot)]) * fresh[..., None], accumulate=True)
 
 
 class Encoder:
@@ -33,8 +77,6 @@ class Encoder:
         starts, counts [B] int32 on the device: where to write and how many tokens, for graphs whose lengths live on the device; `tokens` of
         `held` is then the caller's. Raises ValueError where xs does not fit the codecs or holds values that are not finite (without starts).
         """
-        from kernels import encode_triton as twin
-
         for encoder, pages, part in zip(self._apart, held, xs):
             encoder.append([pages], [part], starts, counts)
         if self._apart:
@@ -52,6 +94,12 @@ class Encoder:
                 pages.tokens += tokens
         if not tokens:
             return
+        if not backend.use_triton(x):
+            for pages, part in zip(held, xs):
+                write(pages, part, starts, counts)
+            return
+        from kernels import encode_triton as twin
+
         if self._tables is None or self._tables.groups.device != x.device:
             self._tables = _Tables(self.specs, [p.layout for p in held], x.device)
         table = self._tables

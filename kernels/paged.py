@@ -63,9 +63,6 @@ class PagedAttention:
         self, query: Tensor, key: Pages, value: Pages, tokens: int, *, scale: float, first: Tensor | None = None, positions: Tensor | None = None, window: int | None = None
     ) -> Part:
         """As `kernels.attention.attend` over the first `tokens` tokens held; query [B, Hq, D]."""
-        if not backend.use_triton(query):
-            k, v = (reconstruct(p.spec, *p.symbols())[:, :, :tokens] for p in (key, value))
-            return attend(query, k, v, scale, first, window)
         batch, device = query.shape[0], query.device
         lengths = torch.full((batch,), tokens, dtype=torch.int32, device=device)
         first = torch.zeros_like(lengths) if first is None else first.int()
@@ -87,6 +84,9 @@ class PagedAttention:
 
         window: only the last `window` tokens of a sequence are visible. Keys and values in a `Pool` share its table.
         """
+        if not backend.use_triton(query):
+            dense = [reconstruct(pages.spec, *pages.symbols(0, longest)) for pages in (key, value)]
+            return attend(query, *dense, scale, first, window, lengths)
         from kernels import paged_triton as twin
 
         table, (k, v) = self.tables(query.device), self.specs

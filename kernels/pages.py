@@ -54,7 +54,7 @@ class Spec:
     offset: bool = False
     bare: bool = False
     channels: bool = False
-    gain: str | None = None  # what the codec stores as gain, where `kernels.encode` can compute it: unit_norm or least_squares
+    gain: str | None = None  # what the codec stores as gain, where `kernels.encode` can compute it: unit_norm or least_squares; no channel is then in two segments
 
 
 class Layout:
@@ -93,8 +93,16 @@ class Layout:
         return torch.cat([self._pack(part) for part in pages.split(_BATCH, 2)], 2) if pages.shape[2] else pages.new_empty(*pages.shape[:3], self.words).int()
 
     def _pack(self, pages: Tensor) -> Tensor:
-        index = self.position.expand(*pages.shape[:4], self.words)
-        return (((pages.gather(4, index) >> self.shift) & self.mask) << self.at).sum(3).to(torch.int32)
+        return self._bits(pages, self.mask, self.at).sum(3).to(torch.int32)
+
+    def _bits(self, codes: Tensor, mask: Tensor, at: Tensor) -> Tensor:
+        """Where int64 codes [B, H, P, S, D] put their bits: int64 [B, H, P, S, W]."""
+        return ((codes.gather(4, self.position.expand(*codes.shape[:4], self.words)) >> self.shift) & mask) << at
+
+    def bits(self, codes: Tensor, slots: Tensor) -> Tensor:
+        """The words of every token alone: int32 [B, T, H, W] from int64 codes [B, H, T, D] at slots [B, T] of their pages; codes of -1 give all bits of a slot."""
+        mask, at = (table[:, 0, slots].transpose(0, 1)[:, :, :, None] for table in (self.mask, self.at))  # [B, H, T, 1, W]
+        return self._bits(codes[:, :, :, None], mask, at)[:, :, :, 0].transpose(1, 2).to(torch.int32)
 
     def unpack(self, words: Tensor, tokens: int) -> Tensor:
         """Invert :meth:`pack`: int32 [B, H, tokens, D]."""

@@ -25,7 +25,7 @@ def draw_widths(heads: int, blocks: int, bits: float, spread: float, generator: 
 
 
 def spec(heads: int, dim: int, widths: list[list[int]] | int, *, rotated=True, centred=False, log8=False, offset=False, device="cpu") -> Spec:
-    """A specification with levels of N(0, 1); widths: one for all channels, or one per RoPE block, grouped as Block-GTQ does."""
+    """A specification with levels of N(0, 1); widths: one for all channels, or one per RoPE block, grouped and turned as Block-GTQ does."""
     segments, levels, books = [], [], {}
     for head in range(heads):
         row = [widths] * (dim // 2) if isinstance(widths, int) else widths[head]
@@ -37,10 +37,12 @@ def spec(heads: int, dim: int, widths: list[list[int]] | int, *, rotated=True, c
             size = 2 * row.count(width)
             segments.append(Segment(head, start, size, width, books[width]))
             start += size
-    rotation = torch.stack([haar(dim, head) for head in range(heads)]) if rotated else None
+    turns = [[haar(seg.size, head) for seg in segments if seg.head == head] for head in range(heads)]
+    rotation = torch.stack([torch.block_diag(*parts) for parts in turns]) if rotated else None
     mean = torch.linspace(-1, 1, heads * dim).view(heads, dim) if centred else None
     move = lambda x: None if x is None else x.to(device)  # noqa: E731
-    return Spec(heads, dim, tuple(segments), move(torch.cat(levels)), move(rotation), move(mean), None, None, torch.uint8 if log8 else torch.float16, log8=log8, offset=offset)
+    numbers = tuple(segments), move(torch.cat(levels)), move(rotation), move(mean), None, None, torch.uint8 if log8 else torch.float16
+    return Spec(heads, dim, *numbers, log8, offset, gain=None if offset else "unit_norm")
 
 
 def pages(spec: Spec, batch: int, tokens: int, generator: torch.Generator | None = None) -> Pages:

@@ -6,7 +6,7 @@ import torch
 from blockgtq import BlockGTQ, TurboQuantMSE
 from kernels import backend
 from kernels.attention import attend
-from kernels.encode import Encoder, encodable
+from kernels.encode import Encoder, encodable, symbols
 from kernels.paged import fuse
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -52,6 +52,14 @@ def test_the_encoder_gives_the_codes_of_the_codecs(pair, dtype):
         same = (codes == expected).all(-1).all()
         torch.testing.assert_close(sides.float(), gains.float(), rtol=2e-3, atol=1.0 if a.spec.log8 else 1e-3)
         assert not same or a.spec.stored == torch.float32 or (sides != gains).float().mean() < 0.02
+
+
+def test_the_definition_in_torch_is_the_codecs_arithmetic(pair):
+    for codec in pair:
+        x, spec = draw(8, 2, 2, 50, 32).half(), codec.paged()
+        x[0, 1, 7] = 0
+        for ours, theirs in zip(symbols(spec, x), spec.symbols(codec.encode(x))):
+            assert torch.equal(ours, theirs)
 
 
 def test_values_that_are_not_finite_are_refused(pair):
