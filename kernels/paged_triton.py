@@ -185,17 +185,18 @@ def decode_split(
             shift = tl.sum(sum, 0)[None, :]
             base = value_words + part * (DIM // PARTS) * (VALUE_WIDTH - 1)
             # A loop, its sums kept in `out`: unrolled, the code outgrows the instruction cache. A thread reads back what it wrote.
-            for d in tl.range(part * (DIM // VTILE) // PARTS, (part + 1) * (DIM // VTILE) // PARTS, loop_unroll_factor=UNROLL):
+            for d in tl.range(part * (DIM // VTILE) // PARTS, (part + 1) * (DIM // VTILE) // PARTS, num_stages=AHEAD, loop_unroll_factor=UNROLL):
                 if VALUE_WIDTH <= 4:
                     word = nibbles(base + d * VTILE, half[None, :] * (DIM // PARTS) + full, full, turn[None, :], slot[None, :], DIM // PARTS, VALUE_WIDTH)
                     y = levels(word, value_levels, VALUE_WIDTH, ASM)
                 else:
                     y = _gathered(base + d * VTILE, half[None, :], full, turn[None, :], slot[None, :], DIM // PARTS, value_books, VALUE_WIDTH)
                 sums = out + d * VTILE
-                held = tl.load(sums, mask=(start + chan * 0 > low)[:, None] & (group >= 0)[None, :], other=0) * decay[None, :] + shift
+                held = tl.load(sums, mask=(start + chan * 0 > low)[:, None] & (group >= 0)[None, :], other=0)
+                added = tl.zeros([VTILE, G], tl.float32) + shift
                 for j in tl.static_range(8):
-                    held = tl.dot(y[j].to(p[j].dtype), p[j], held, input_precision="ieee")
-                tl.store(sums, held)
+                    added = tl.dot(y[j].to(p[j].dtype), p[j], added, input_precision="ieee")
+                tl.store(sums, held * decay[None, :] + added)
     tl.store(stat + place * 2 * G + group, top)
     tl.store(stat + (place * 2 + 1) * G + group, mass)
 
