@@ -110,6 +110,7 @@ def _bars(axis, texts: list[str], values, sequences, colours: list[str]) -> None
     axis.set_yticks([])
     axis.set_ylim(-len(order) + 0.5, 0.75)
     axis.grid(False, axis="y")
+    axis.set_axisbelow(True)
     axis.set_xlabel("tokens per second")
     axis.set_title("100 GB, 32K tokens each")
 
