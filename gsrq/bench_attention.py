@@ -70,7 +70,7 @@ class Case(NamedTuple):
 
 FP8 = torch.float8_e4m3fn
 CASES = (Case(128, 16), Case(128, 16, FP8), Case(128, 12, FP8), Case(64, 8, FP8), Case(32, 4), Case(32, 4, FP8), Case(32, 3, FP8),
-         Case(128, 16, FP8, post=True), Case(32, 4, FP8, post=True),
+         Case(128, 16, FP8, post=True), Case(32, 4, FP8, post=True), Case(32, 3, FP8, post=True),
          Case(32, 4, shared=True), Case(8, 1))  # the last two: VQLLM and CQ  # fmt: skip
 
 
