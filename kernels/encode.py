@@ -71,28 +71,37 @@ class Encoder:
         # A launch writes sides of one type; streams of different types take one launch each.
         self._apart = [Encoder(spec) for spec in specs] if len({spec.stored for spec in specs}) > 1 else []
 
-    def append(self, held: list[Pages], xs: list[Tensor], starts: Tensor | None = None, counts: Tensor | None = None) -> None:
-        """Code xs, [B, H, T, D] for each stream, behind the tokens of `held`, whose pages have room (see `Pages.reserve`).
+    def take(self, held: list[Pages], xs: list[Tensor]) -> bool:
+        """Code xs, [B, H, T, D] for each stream, behind the tokens of `held`, which grow as needed; one value is read back to the host.
 
-        starts, counts [B] int32 on the device: where to write and how many tokens, for graphs whose lengths live on the device; `tokens` of
-        `held` is then the caller's. Raises ValueError where xs does not fit the codecs or holds values that are not finite (without starts).
+        False, and nothing is held, where the codec would have something to refuse: a shape, a value that is not finite, a gain that is too large.
+        """
+        batch, _, tokens, _ = xs[0].shape
+        if any(x.shape != (batch, spec.heads, tokens, spec.dim) for x, spec in zip(xs, self.specs)):
+            return False
+        if not tokens:
+            return True
+        device = xs[0].device
+        for pages, spec in zip(held, self.specs):
+            like = torch.empty(batch, len(spec.segments), 0, dtype=spec.stored, device=device)
+            pages.reserve(-(-(pages.tokens + tokens) // PAGE), (batch, spec.heads), like)
+        starts = torch.full((batch,), held[0].tokens, dtype=torch.int32, device=device)
+        self.append(held, xs, starts, torch.full_like(starts, tokens))
+        sound = bool(torch.stack([_sound(pages, x) for pages, x in zip(held, xs)]).all())
+        for pages in held:
+            pages.tokens += tokens if sound else 0
+        return sound
+
+    def append(self, held: list[Pages], xs: list[Tensor], starts: Tensor, counts: Tensor) -> None:
+        """Code xs, [B, H, T, D] for each stream, into pages that have room, without a look at them from the host: what a graph can hold.
+
+        starts, counts [B] int32 on the device: where to write and how many tokens. `tokens` of `held` and values that are not finite are the caller's.
         """
         for encoder, pages, part in zip(self._apart, held, xs):
             encoder.append([pages], [part], starts, counts)
-        if self._apart:
-            return
         x, spec = xs[0], self.specs[0]
         batch, _, tokens, dim = x.shape
-        if starts is None:
-            for part, s in zip(xs, self.specs):
-                if part.shape != (batch, s.heads, tokens, s.dim) or not part.isfinite().all():
-                    raise ValueError(f"Cannot encode: expected finite values of [B, {s.heads}, T, {s.dim}], got {list(part.shape)}.")
-            self._reserve(held, batch, tokens, x.device)
-            starts = torch.full((batch,), held[0].tokens, dtype=torch.int32, device=x.device)
-            counts = torch.full_like(starts, tokens)
-            for pages in held:
-                pages.tokens += tokens
-        if not tokens:
+        if self._apart or not tokens:
             return
         if not backend.use_triton(x):
             for pages, part in zip(held, xs):
@@ -115,10 +124,12 @@ class Encoder:
             ks.gain == "least_squares", vs.gain == "least_squares", x.dtype == torch.float16, "tf32x3" if x.dtype == torch.bfloat16 else "ieee", k.table is not None,
         )  # fmt: skip
 
-    def _reserve(self, held: list[Pages], batch: int, tokens: int, device: torch.device) -> None:
-        for pages, spec in zip(held, self.specs):
-            like = torch.empty(batch, len(spec.segments), 0, dtype=spec.stored, device=device)
-            pages.reserve(-(-(pages.tokens + tokens) // PAGE), (batch, spec.heads), like)
+
+def _sound(pages: Pages, x: Tensor) -> Tensor:
+    """Whether the tokens just written behind those held are finite and their gains within the stored type; the largest gain is left to the codec."""
+    new = pages.sides[:, pages.tokens // PAGE : -(-(pages.tokens + x.shape[2]) // PAGE)]
+    largest = 255 if pages.spec.log8 else torch.finfo(pages.spec.stored).max
+    return torch.linalg.vector_norm(x, torch.inf).isfinite() & (new.amax() < largest)
 
 
 class _Tables:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kernels import backend
 from kernels.attention import Part, attend
+from kernels.encode import Encoder, encodable
 from kernels.pages import PAGE, TILE, Layout, Pages, Spec, stored_values
 from kernels.prefill import attend_pages
 
@@ -54,10 +55,11 @@ class PagedAttention:
 
     def __init__(self, key: Spec, value: Spec):
         self.specs, self.layouts = (key, value), (Layout(key), Layout(value))
+        self._encoders = [Encoder(spec) if encodable(spec) else None for spec in self.specs]
         self._tables = None
 
     def held(self, index: int) -> Pages:
-        return Pages(self.specs[index], self.layouts[index])
+        return Pages(self.specs[index], self.layouts[index], self._encoders[index])
 
     def attend(
         self, query: Tensor, key: Pages, value: Pages, tokens: int, *, scale: float, first: Tensor | None = None, positions: Tensor | None = None, window: int | None = None

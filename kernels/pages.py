@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernels import backend
+
 PAGE = 32
 TILE = 16  # stored positions in one step of a tensor core
 _BATCH = 64  # pages packed at a time: the expansion of a page is 32 times its codes
@@ -155,9 +157,14 @@ class Pages:
     Capacity doubles when it is full; a token writes its page only. `sides` are gains (and offsets) in the codec's own type.
     """
 
-    def __init__(self, spec: Spec, layout: Layout):
-        self.spec, self.layout, self.tokens = spec, layout, 0
+    def __init__(self, spec: Spec, layout: Layout, encoder=None):
+        """encoder: the codec's own `kernels.encode.Encoder`, if it has one."""
+        self.spec, self.layout, self.encoder, self.tokens = spec, layout, encoder, 0
         self.words = self.sides = self.table = None
+
+    def encode(self, x: Tensor) -> bool:
+        """Code tokens x [B, H, T, D] after those held, in one launch. False, and nothing done, where no kernel does or the codec must say why not."""
+        return self.encoder is not None and backend.use_triton(x) and self.encoder.take([self], [x])
 
     def append(self, codes: dict[str, Tensor]) -> None:
         """Write the codes of some tokens, as the codec encoded them, after those held."""
@@ -215,7 +222,7 @@ class Pages:
 
     def select(self, rows: Tensor) -> "Pages":
         """The same for these batch rows, in this order, repeats allowed."""
-        twin = Pages(self.spec, self.layout)
+        twin = Pages(self.spec, self.layout, self.encoder)
         twin.tokens = self.tokens
         if self.words is not None:
             twin.words = room(len(rows), *self.words.shape[1:], device=self.words.device)

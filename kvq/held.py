@@ -8,12 +8,16 @@ from kvq.quantizer import Codes, code_bytes, select
 class Held:
     """The codes of one stream, in buffers that double when they are full; axis 2 of every leaf is time.
 
-    A kernel's own order of the same bits is another class with the same four members (see `kernels.pages.Pages`).
+    A kernel's own order of the same bits is another class with the same five members (see `kernels.pages.Pages`).
     """
 
     def __init__(self):
         self._buffers: Codes = {}
         self._counts: dict[str, int] = {}
+
+    def encode(self, x: Tensor) -> bool:
+        """Code tokens x [B, H, T, D] behind those held, equal to the codec's codes; False, and nothing done, where that is left to the codec: here always."""
+        return False
 
     def append(self, codes: Codes) -> None:
         """Write `codes` after those held."""

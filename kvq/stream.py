@@ -57,12 +57,13 @@ class Stream:
         where = slice(start, start + x.shape[2])
         if self.turns:
             x = self.turns[1](x, self.positions[:, where])
-        stateful = getattr(self.codec, "stateful", False)
-        codes = self.codec.encode(x, self.state) if stateful else self.codec.encode(x)
-        self.held.append(codes)
+        if self.memo or not self.held.encode(x):
+            stateful = getattr(self.codec, "stateful", False)
+            codes = self.codec.encode(x, self.state) if stateful else self.codec.encode(x)
+            self.held.append(codes)
+            if self.memo:
+                self._place(start, self._decode(codes, where))
         self.encoded += x.shape[2]
-        if self.memo:
-            self._place(start, self._decode(codes, where))
 
     @property
     def codes(self) -> Codes:

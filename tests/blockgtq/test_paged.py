@@ -40,7 +40,7 @@ def test_the_encoder_gives_the_codes_of_the_codecs(pair, dtype):
     x[0][0, 0, 5] = 0
     for size in (1, 33, 1, 0, 5):
         parts = [part[:, :, start : start + size] for part in x]
-        encoder.append(ours, parts)
+        assert encoder.take(ours, parts)
         for pages, codec, part in zip(theirs, pair, parts):
             pages.append(codec.encode(part))
         start += size
@@ -62,12 +62,24 @@ def test_the_definition_in_torch_is_the_codecs_arithmetic(pair):
             assert torch.equal(ours, theirs)
 
 
-def test_values_that_are_not_finite_are_refused(pair):
-    fused = fuse(*pair)
-    x = draw(0, 1, 2, 3, 32)
-    x[0, 1, 2, 7] = float("inf")
-    with pytest.raises(ValueError, match="finite"):
-        Encoder(*fused.specs).append([fused.held(0), fused.held(1)], [x, x])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # what the interpreter says of such values
+def test_what_a_codec_refuses_is_left_to_it(pair):
+    """Nothing is held, the codec says why, and pages go on as if nothing had happened; nor is a token of another shape taken."""
+    fused, whole = fuse(*pair), draw(0, 1, 2, 40, 32)
+    for index, codec in enumerate(pair):
+        pages, far = fused.held(index), whole.clone()
+        encoder = Encoder(pages.spec)
+        assert encoder.take([pages], [whole]) and not encoder.take([pages], [whole[..., :16]])
+        before = [part.clone() for part in pages.symbols()]
+        far[0, 1, 2] *= 1e6
+        for bad in (whole.index_fill(3, torch.tensor([7], device=DEVICE), torch.nan), whole.index_fill(2, torch.tensor([3], device=DEVICE), torch.inf), far):
+            if bad is far and pages.spec.stored == torch.float32:
+                continue
+            assert not encoder.take([pages], [bad]) and pages.tokens == 40
+            with pytest.raises(ValueError, match="Cannot encode: " + ("gain .* exceeds" if bad is far else "value (nan|inf)")):
+                codec.encode(bad)
+        assert all(torch.equal(part, old) for part, old in zip(pages.symbols(), before))
+        assert encoder.take([pages], [whole]) and pages.tokens == 80
 
 
 def test_attention_reads_what_the_codecs_decode(pair):
