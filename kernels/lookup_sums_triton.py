@@ -1,7 +1,7 @@
 """Scores of keys coded after RoPE: a query's products with all table rows are computed once, a token's score is a sum of them.
 
-A token and head gathers 4 bytes per code and query head where its rows would be 2 or 4 KB; the products of a head (64 KB at 16 codes of
-256 entries and 4 query heads) stay in the first-level cache. Not for keys before RoPE, whose products change from token to token.
+A token and head gathers 2 bytes per code and query head where its rows would be 2 or 4 KB (4 bytes for float32 queries); the products of a
+head (32 KB at 16 codes of 256 entries and 4 query heads) stay in the first-level cache. Not for keys before RoPE, whose products change from token to token.
 """
 
 import torch
@@ -35,7 +35,7 @@ def _products(
     q = tl.load(query + (own.to(tl.int64) * GROUP + g[None, :]) * D + channel[:, None], mask=(g[None, :] < GROUP) & (w[:, None] < W), other=0.0)
     score = tl.dot(rows, (q.to(tl.float32) * scale).to(tl.float16))
     at = (tl.program_id(0).to(tl.int64) * ROWS_OF + r[:, None]) * GROUP + g[None, :]
-    tl.store(out + at, score, mask=(r[:, None] < ROWS_OF) & (g[None, :] < GROUP))
+    tl.store(out + at, score.to(out.dtype.element_ty), mask=(r[:, None] < ROWS_OF) & (g[None, :] < GROUP))
 
 
 @triton.jit
@@ -66,7 +66,7 @@ def _sums(
             word = tl.load(place, mask=seen, other=0).to(tl.int32)
             for i in tl.static_range(WORD):
                 code = (first + i) * K + ((word >> (8 * i)) & 255)
-                score += tl.load(products + code[:, None] * GROUP + g[None, :], mask=g[None, :] < GROUP, other=0.0)
+                score += tl.load(products + code[:, None] * GROUP + g[None, :], mask=g[None, :] < GROUP, other=0.0).to(tl.float32)
         if sizes is not None:
             size = tl.load(sizes + batch.to(tl.int64) * size_batch + head * size_head + token * size_token, mask=seen, other=0.0)
             score *= size.to(tl.float32)[:, None]
@@ -80,7 +80,8 @@ def scores(query: Tensor, keys, tokens: int, scale: float, packed: bool) -> Tens
     heads = pieces * piece // dim
     group, width = queries // heads, min(piece, dim)
     count = dim // width * stages
-    products = torch.empty(batch * heads, count * entries, group, device=query.device)
+    # Half the bytes are fewer lines of the first-level cache per lookup; a sum of float16 products is off by less than float16 sums of rows.
+    products = torch.empty(batch * heads, count * entries, group, device=query.device, dtype=torch.float32 if query.dtype == torch.float32 else torch.float16)
     shared = pieces > 1 and keys.tables.stride(0) == 0
     shape = {"GROUP": group, "D": dim, "PIECE": piece, "HEADS": heads}
     _products[batch * heads * (dim // width), triton.cdiv(stages * entries, ROWS)](
