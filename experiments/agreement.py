@@ -1,0 +1,69 @@
+"""Scores through the kernels against scores through decode-then-SDPA: pairs of runs that differ in `attention` alone, example by example.
+
+A run whose `attention` is `fused` either read codes as they lie or was refused; on a CPU that is done by the kernels' torch definition. No
+figure: the differences are zeros, or a number that a table shows better.
+"""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+
+from experiments import committed, style
+from experiments.tables import Table
+from kvq import results as store
+
+SAME = 0.99
+"""Least share of examples whose answers must be equal, character by character."""
+LOSS = 2e-3
+"""Largest difference of a window's loss in nats per token: a tenth of the standard error of 16 windows' mean."""
+
+
+def rows(results: Path = Path("results"), model: str = "standin") -> pd.DataFrame:
+    """One row per pair of runs: n, equal answers (share; NaN for losses), mean scores or losses of both, largest differences, and whether the tolerance is met."""
+    folder = Path(results) / "agreement"
+    runs = store.load(folder, model=model).drop_duplicates("run")
+    runs = runs[runs["quant"] != "fp16"]
+    told = runs["config"].map(lambda config: json.loads(config)["identity"])
+    runs = runs.assign(route=[i.get("attention", "reference") for i in told], dtype=[i["model"]["dtype"] for i in told],
+                       same=[json.dumps({k: v for k, v in i.items() if k != "attention"}, sort_keys=True) for i in told])  # fmt: skip
+    found = []
+    for _, pair in runs.groupby(["same", "device"]):
+        if len(pair) == 2:
+            by_route = committed.records(folder, pair, route="route").set_index("id").groupby("route")
+            kept = pair.iloc[0][["task", "model", "quant", "bits", "dtype", "device"]].to_dict()
+            found.append({**kept, **compare(by_route.get_group("fused"), by_route.get_group("reference"))})
+    return pd.DataFrame(found).sort_values(["dtype", "device", "task", "quant", "bits"], ignore_index=True) if found else pd.DataFrame()
+
+
+def compare(fused: pd.DataFrame, reference: pd.DataFrame) -> dict:
+    """Records of two runs by example id. An example that one run lacks counts as a difference."""
+    both = fused.join(reference, how="outer", lsuffix="_fused", rsuffix="_reference")
+    loss = "loss" in fused
+    values = [both[f"{'loss' if loss else 'score'}_{route}"] for route in ("fused", "reference")]
+    largest = (values[0] - values[1]).abs().max(skipna=False)
+    same = float("nan") if loss else float((both["prediction_fused"] == both["prediction_reference"]).mean())
+    beside = {name: (both[f"{name}_fused"] - both[f"{name}_reference"]).abs().max(skipna=False) if loss else float("nan") for name in ("kl", "top1")}
+    met = bool(largest <= LOSS if loss else same >= SAME)
+    return {"n": len(both), "equal": same, "fused": values[0].mean(), "reference": values[1].mean(), "largest": largest, **beside, "met": met}
+
+
+def table(rows: pd.DataFrame) -> Table:
+    made = Table(
+        f"Scores through the kernels beside scores through decoded keys and values, same examples, codes and number type. Answers: at least {SAME:.0%} must be equal in every character. "
+        f"Loss, token by token: no window may differ by more than {LOSS:g} nats per token; KL and top-1 agreement are a window's against fp16. "
+        "Scores in percent, losses in nats per token, means over examples."
+    )
+    for (dtype, device), part in rows.groupby(["dtype", "device"]):
+        lines = [
+            {"task": row.task, "method": style.label(row.quant), "bits": f"{row.bits:g}", "n": str(row.n), "equal answers": _told(row.equal, ".2%"),
+             "reference": f"{row.reference:.4f}", "kernels": f"{row.fused:.4f}", "largest difference": f"{row.largest:.2g}",
+             "of KL": _told(row.kl, ".2g"), "of top-1": _told(row.top1, ".2%"), "within tolerance": "yes" if row.met else "no"}
+            for row in part.itertuples()
+        ]  # fmt: skip
+        made.add(f"{dtype}, " + ("torch definition of the kernels on a CPU" if device == "cpu" else f"kernels on {device}"), pd.DataFrame(lines))
+    return made
+
+
+def _told(value: float, how: str) -> str:
+    return "" if pd.isna(value) else format(value, how)
