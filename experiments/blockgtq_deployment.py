@@ -11,7 +11,7 @@ def rows(results: Path = Path("results"), model: str = "standin") -> pd.DataFram
     return latency.both(results, "decode_attention", False, "encode") if model == "standin" else pd.DataFrame()
 
 
-speedups = latency.speedups
+speedups, whole = latency.speedups, latency.whole
 draw = latency_figure.draw
 
 

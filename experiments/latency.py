@@ -76,14 +76,14 @@ def gather(results: Path, file: str) -> pd.DataFrame:
     times = times.join(read.rename("of_roofline"), on=["provider", "shape"])
     off = frame.loc[frame["metric"] == "difference from the definition", "median"]
     times["difference"] = off.max() if len(off) else float("nan")
-    whole = frame[frame["kernel"] == "decode_step"].pivot(index=["provider", "method", "shape", "batch", "tokens"], columns="metric", values="median").reset_index()
-    if len(whole):
-        plain = whole["method"].str.startswith(EXACT)
-        speed = whole["throughput at equal memory"]
-        whole = whole.assign(kind="memory", ratio=speed / speed[plain].max(), per_second=speed, median=whole["time"])
-        whole["fastest"] = whole.index.isin(whole.groupby("method")["median"].idxmin())
-        whole = whole.drop(columns=["time", "throughput at equal memory"])
-    rows = pd.concat([times, whole] if len(whole) else [times], ignore_index=True)
+    filled = frame[frame["kernel"] == "decode_step"].pivot(index=["provider", "method", "shape", "batch", "tokens"], columns="metric", values="median").reset_index()
+    if len(filled):
+        plain = filled["method"].str.startswith(EXACT)
+        speed = filled["throughput at equal memory"]
+        filled = filled.assign(kind="memory", ratio=speed / speed[plain].max(), per_second=speed, median=filled["time"])
+        filled["fastest"] = filled.index.isin(filled.groupby("method")["median"].idxmin())
+        filled = filled.drop(columns=["time", "throughput at equal memory"])
+    rows = pd.concat([times, filled] if len(filled) else [times], ignore_index=True)
     return rows.sort_values(["kind", "heads", "kv", "batch", "method", "provider", "tokens"], ignore_index=True)
 
 
@@ -98,15 +98,16 @@ def both(results: Path, file: str, vector: bool, *others: str) -> pd.DataFrame:
     return pd.concat([part for part in (gather(results, file), *parts, steps(results, vector)) if len(part)] or [pd.DataFrame()], ignore_index=True)
 
 
-def kernels(rows: pd.DataFrame) -> pd.DataFrame:
-    return rows[rows["kind"] == "kernel"]
-
-
 def speedups(rows: pd.DataFrame) -> pd.DataFrame:
     """Coded rows with `ratio`: of kernels, time of the fastest fp16 decode over theirs; at equal memory, their tokens per second over fp16's. fp16
     shares its KV heads in both: `against` is always gqa."""
     rows = rows[rows["kind"].isin(["kernel", "memory"])]
     return rows[~rows["method"].str.startswith(EXACT)].assign(against="gqa")
+
+
+def whole(rows: pd.DataFrame) -> pd.DataFrame:
+    """Whole steps alone."""
+    return rows[rows["kind"] == "step"]
 
 
 def name(shape: tuple[int, int, int, int]) -> str:
@@ -128,7 +129,7 @@ def _distinct(frame: pd.DataFrame, column: str) -> str:
 
 def tabulate(rows: pd.DataFrame, caption: str, experiment: str) -> Table:
     """Kernels: microseconds and speed by provider and shape; steps at equal memory; other parts. Whole steps below, or one sentence that there are none."""
-    parts, memory, others, whole = (rows[rows["kind"] == kind] for kind in ("kernel", "memory", "part", "step"))
+    parts, memory, others, done = (rows[rows["kind"] == kind] for kind in ("kernel", "memory", "part", "step"))
     spread = ((parts["p95"] - parts["p5"]) / parts["median"]).median()
     off = parts["difference"].max() if len(parts) else float("nan")
     sure = f"Every kernel agreed with its definition at 2,000 tokens of ragged rows first (difference at most {off:.1e})."
@@ -138,7 +139,7 @@ def tabulate(rows: pd.DataFrame, caption: str, experiment: str) -> Table:
     commands = "; ".join(f"`{c.strip()}`" for c in sorted(set(parts["command"].astype(str))))
     made = Table(
         f"{caption} {_distinct(parts, 'gpu')}, {_distinct(parts, 'date')}, {commands}. Medians; 5 to 95 % span {spread:.1%} of the median. "
-        f"{sure} Columns: query/KV heads, batch x cached tokens." + ("" if len(whole) else " " + MISSING.format(experiment))
+        f"{sure} Columns: query/KV heads, batch x cached tokens." + ("" if len(done) else " " + MISSING.format(experiment))
     )
     made.add("Microseconds", _wide(parts, "median", ",.1f"))
     made.add("Speed against the fastest fp16 with shared KV heads", _wide(parts[~parts["method"].str.startswith(EXACT)], "ratio", ".3f"))
@@ -151,11 +152,11 @@ def tabulate(rows: pd.DataFrame, caption: str, experiment: str) -> Table:
     for kernel, part in others.groupby("kernel", sort=False):
         where = "; ".join(sorted({f"{g}, {d}, `{c}`" for g, d, c in zip(part["gpu"], part["date"], part["command"])}))
         made.add(f"{kernel.replace('_', ' ')} ({where})", part[["shape", "provider", "metric", "median", "p5", "p95", "unit"]])
-    if len(whole):
-        gigabytes = whole.assign(**{name: (whole[name] / 1e9).round(2) for name in ("cache", "weights", "peak")})
+    if len(done):
+        gigabytes = done.assign(**{name: (done[name] / 1e9).round(2) for name in ("cache", "weights", "peak")})
         columns = ["model", "quant", "bits", "bits_stored", "piece", "memory", "tokens", "batch", "median", "p5", "p95", "flash", "cudnn", "fp16_batch", "speed", "per_second",
                    "prefill", "flash_prefill", "encode", "of_roofline", "cache", "weights", "peak", "even"]  # fmt: skip
         given = gigabytes[[c for c in columns if gigabytes[c].notna().any()]].round(3)
-        where = ", ".join([*sorted(set(whole["device"])), *sorted({d[:10] for d in whole["date"]})])
+        where = ", ".join([*sorted(set(done["device"])), *sorted({d[:10] for d in done["date"]})])
         made.add(f"Whole steps in one CUDA graph, milliseconds (cache, weights and peak in GB; {where})", given)
     return made

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from experiments import blockgtq_deployment, gsrq_latency, gsrq_memory, latency, latency_figure, style
+from experiments import blockgtq_deployment, gsrq_latency, gsrq_memory, latency, latency_figure, ledger, style
 from kvq import results
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -105,3 +105,14 @@ def test_outputs_that_were_not_right_are_named(tmp_path):
     pd.DataFrame(rows[2:]).to_parquet(tmp_path / "latency" / "encode.parquet")
     text = blockgtq_deployment.table(blockgtq_deployment.rows(tmp_path)).markdown()
     assert "tq_k3v3 (unverified)" in text and "Every timed output agreed" not in text and "encode tq" in text
+
+
+def test_claims_about_whole_steps_are_judged_once_they_are_timed(folder):
+    about = [c for c in ledger.claims(folder) if c.get("rows", "").endswith(".whole") and c["paper"] == "blockgtq"]
+    assert about and {ledger.judge(c, folder, "standin", {})["verdict"] for c in about} == {"no rows yet"}
+    more = {"prefill_ms": 900.0, "fp16_flash_prefill_ms": 700.0, "bytes/peak": 9e9, "bytes/fp16_flash_peak": 12e9}
+    for quant, ms in (("blockgtq", 4.0), ("tq_mse", 3.0)):
+        write(folder, quant, 3.0, {"b1 t131072": example(1, 131072, ms, 3.5, **more)}, model="random_qwen25_3b")
+    found = [ledger.judge(c, folder, "standin", {}) for c in about]
+    assert [f["verdict"] for f in found] == ["not reproduced", "reproduced in direction", "reproduced in direction"]
+    assert found[0]["ours"] == "0.88 times the speed, 4.00 ms; TQ-MSE 1.17"
