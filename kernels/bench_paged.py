@@ -103,15 +103,17 @@ def exact(name: str, heads: int, kv: int, batch: int, tokens: int) -> dict:
         return {"times": measure(call, count), "bytes": size, "checked": distance <= LIMIT}
 
 
-def rows_of(provider: str, shape: tuple, result: dict) -> list[dict]:
-    """Tidy rows, one per metric."""
+def rows_of(kernel: str, provider: str, shape: tuple, result: dict, program: str = "kernels.bench_paged") -> list[dict]:
+    """Tidy rows, one per metric; those of bytes where the result counts some."""
     heads, kv, batch, tokens = shape
     median, low, high = result["times"]
-    common = {"kernel": "decode_attention", "provider": provider, "shape": f"q{heads} kv{kv} d{DIM} b{batch} t{tokens}"}
+    common = {"kernel": kernel, "provider": provider, "shape": f"q{heads} kv{kv} d{DIM} b{batch} t{tokens}"}
     where = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__, "date": datetime.date.today().isoformat()}
-    where |= {"checked": result["checked"], "command": "python -m kernels.bench_paged " + " ".join(sys.argv[1:]), "commit": commit()}
-    rate = [result["bytes"] / t / 1e3 for t in (median, high, low)]  # gigabytes per second; the slowest 5 % are the lowest rate
-    metrics = [("time", "us", median, low, high), ("bytes_read", "B", *[result["bytes"]] * 3), ("rate", "GB/s", *rate), ("of_roofline", "1", *[1e9 * r / PEAK for r in rate])]
+    where |= {"checked": result["checked"], "command": f"python -m {program} " + " ".join(sys.argv[1:]), "commit": commit()}
+    metrics = [("time", "us", median, low, high)]
+    if "bytes" in result:
+        rate = [result["bytes"] / t / 1e3 for t in (median, high, low)]  # gigabytes per second; the slowest 5 % are the lowest rate
+        metrics += [("bytes_read", "B", *[result["bytes"]] * 3), ("rate", "GB/s", *rate), ("of_roofline", "1", *[1e9 * r / PEAK for r in rate])]
     return [{**common, "metric": name, "unit": unit, "median": m, "p5": lo, "p95": hi, **where} for name, unit, m, lo, hi in metrics]
 
 
@@ -153,7 +155,7 @@ def main() -> None:
             except Exception as reason:  # a provider that cannot serve a shape has no row, and says so
                 print(shape, provider, type(reason).__name__, str(reason)[:200], flush=True)
                 continue
-            rows += rows_of(provider + form, shape, result)
+            rows += rows_of("decode_attention", provider + form, shape, result)
             median, low, high = result["times"]
             told = f"{median:.1f} us [{low:.1f}, {high:.1f}] {result['bytes'] / median / 1e6:.2f} TB/s"
             print(*shape, provider + form, told, "" if result["checked"] else "WRONG OUTPUT", flush=True)
