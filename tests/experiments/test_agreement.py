@@ -36,9 +36,10 @@ def test_both_routes_say_the_same(quant, kernel, task, words, tmp_path, monkeypa
 
 def write(folder, attention, answers, losses=None, dtype="float32"):
     """One run of 100 examples; answers: predictions where they are not 'a', by example."""
-    identity = {"model": {"dtype": dtype}, "task": {"name": "niah" if losses is None else "perplexity"}, **({"attention": "fused"} if attention == "fused" else {})}
+    task = "niah" if losses is None else "perplexity"
+    identity = {"prefill": "exact", "model": {"dtype": dtype}, "task": {"name": task}, **({"attention": "fused"} if attention == "fused" else {})}
     name, metric = results.run_id(identity), "score" if losses is None else "loss"
-    common = {"run": name, "model": "standin", "quant": "kivi", "task": identity["task"]["name"], "data": "embedded", "calib": "none", "bits": 2, "bits_stored": 2, "bits_total": 3,
+    common = {"run": name, "model": "standin", "quant": "kivi", "task": task, "data": "embedded", "calib": "none", "bits": 2, "bits_stored": 2, "bits_total": 3,
               "encoded_tokens": 9, "subset": "s", "metric": metric, "value": 1.0, "stderr": 0.0, "n": 100, "seed": 0, "config": json.dumps({"identity": identity}),
               "commit": "", "dirty": False, "date": "", "device": "cpu", "torch": "", "transformers": ""}  # fmt: skip
     results.write([common], folder / "agreement" / "runs" / f"{name}.parquet")
