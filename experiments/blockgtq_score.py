@@ -41,6 +41,8 @@ def draw(rows: pd.DataFrame):
 
 
 def table(rows: pd.DataFrame) -> Table:
-    wide = rows.groupby(["score", "metric"]).apply(lambda g: spread(g["value"], g["stderr"]), include_groups=False).unstack("metric").reset_index().fillna("")
-    return Table("Block-GTQ at 2 bits by score; mean ± standard deviation over seeds (one seed: standard error).").add("Here", wide.rename(columns=PANELS)).add(
+    wide = (
+        rows.groupby(["score", "metric"]).apply(lambda g: spread(g["value"], g["stderr"]), include_groups=False).unstack("metric").rename(columns=PANELS).reset_index().fillna("")
+    )
+    return Table("Block-GTQ at 2 bits by score; mean ± standard deviation over seeds (one seed: standard error).").add("Here", wide).add(
         "Reported, needles found (Block-GTQ Table 15, Llama-3.1-8B-Instruct, K2V2, one run)", scores.published("blockgtq", "T15", index=["score"], columns="task"))  # fmt: skip
