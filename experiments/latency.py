@@ -151,7 +151,12 @@ def tabulate(rows: pd.DataFrame, caption: str, experiment: str) -> Table:
         made.add("Whole steps at equal memory: 100 GB of cache and codebooks, attention of 32 layers, appends and random weights in the shape of Llama-3-8B", shown)
     for kernel, part in others.groupby("kernel", sort=False):
         where = "; ".join(sorted({f"{g}, {d}, `{c}`" for g, d, c in zip(part["gpu"], part["date"], part["command"])}))
-        made.add(f"{kernel.replace('_', ' ')} ({where})", part[["shape", "provider", "metric", "median", "p5", "p95", "unit"]])
+        if not part["shape"].str.fullmatch(SHAPE).all():
+            made.add(f"{kernel.replace('_', ' ')} ({where})", part[["shape", "provider", "metric", "median", "p5", "p95", "unit"]])
+            continue
+        part = part.assign(**part["shape"].str.extract(SHAPE).astype(int))
+        for metric, cells in part[part["metric"].isin(["time", "rate"])].groupby("metric", sort=False):
+            made.add(f"{kernel.replace('_', ' ')}, {metric} in {cells['unit'].iloc[0]} ({where})", _wide(cells, "median", ",.1f"))
     if len(done):
         gigabytes = done.assign(**{name: (done[name] / 1e9).round(2) for name in ("cache", "weights", "peak")})
         columns = ["model", "quant", "bits", "bits_stored", "piece", "memory", "tokens", "batch", "median", "p5", "p95", "flash", "cudnn", "fp16_batch", "speed", "per_second",

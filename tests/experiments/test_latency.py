@@ -100,11 +100,12 @@ def test_the_fastest_variant_is_drawn_and_every_variant_is_in_the_table(tmp_path
 
 def test_outputs_that_were_not_right_are_named(tmp_path):
     (tmp_path / "latency").mkdir()
-    rows = [timing("sdpa_flash", 20.0, checked=True), timing("tq_k3v3", 10.0, checked=False), timing("encode tq", 3.0, "encode", "rate", "GB/s", "n9", checked=True)]
+    rows = [timing("sdpa_flash", 20.0, checked=True), timing("tq_k3v3", 10.0, checked=False), timing("tq_k3v3 float16", 1234.0, "encode", "rate", "GB/s", checked=True)]
     pd.DataFrame(rows[:2]).to_parquet(tmp_path / "latency" / "decode_attention.parquet")
     pd.DataFrame(rows[2:]).to_parquet(tmp_path / "latency" / "encode.parquet")
     text = blockgtq_deployment.table(blockgtq_deployment.rows(tmp_path)).markdown()
-    assert "tq_k3v3 (unverified)" in text and "Every timed output agreed" not in text and "encode tq" in text
+    assert "tq_k3v3 (unverified)" in text and "Every timed output agreed" not in text
+    assert "encode, rate in GB/s (a GPU, 2026-11-30" in text and "| tq_k3v3 float16 | 1,234.0 |" in text
 
 
 def test_claims_about_whole_steps_are_judged_once_they_are_timed(folder):
