@@ -5,6 +5,8 @@ float16 token is taken exactly, the rotation to 22 bits). Codes are equal except
 threshold, relative to the vector's norm; a gain may differ by its last bit, and one beyond float16, which the codec refuses, is infinite.
 """
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -136,32 +138,33 @@ class _Tables:
     """Tiles of 16 stored positions of all heads, the streams' heads one after the other."""
 
     def __init__(self, specs: tuple[Spec, ...], layouts: list, device: torch.device):
-        dim, heads = specs[0].dim, sum(s.heads for s in specs)
-        lists = [[(i, seg) for i, seg in enumerate(s.segments) if seg.head == h] for s in specs for h in range(s.heads)]
-        most = max(sum(-(-seg.size // TILE) for _, seg in segs) for segs in lists)
-        tiles = torch.zeros(heads, most, 16, dtype=torch.int32)
-        groups = torch.zeros(heads, max(map(len, lists)), 4, dtype=torch.int32)
-        matrix = torch.zeros(heads, most * TILE, dim, dtype=torch.float64)
-        member = torch.zeros(heads, groups.shape[1], dim)
-        owner = [(s, layout, h) for s, layout in zip(specs, layouts) for h in range(s.heads)]
-        start_of = {id(s): sum(len(t.levels) for t in specs[:i]) for i, s in enumerate(specs)}
-        for place, (segs, (spec, layout, head)) in enumerate(zip(lists, owner)):
-            rotation = (torch.eye(dim)[None] if spec.rotation is None else spec.rotation).expand(spec.heads, -1, -1)[head].double().cpu()
-            at = 0
-            for number, (row, seg) in enumerate(segs):
-                begin = at
-                rows = rotation[seg.start : seg.start + seg.size]
-                matrix[place, at * TILE : at * TILE + seg.size] = rows
-                member[place, number] = (rows != 0).any(0)  # a rotation mixes the channels of its segment only
-                for start in range(0, seg.size, TILE):
-                    here = min(TILE, seg.size - start)
-                    tiles[place, at, :5] = torch.tensor([seg.width, layout.bases[row] + start, seg.size, seg.book + start_of[id(spec)], here])
-                    at += 1
-                groups[place, number] = torch.tensor([begin, at, row, seg.size])
-        means = torch.cat([torch.zeros(s.heads, dim) if s.mean is None else s.mean.cpu() for s in specs])
-        self.shift = (matrix @ means.double().unsqueeze(-1)).squeeze(-1).float().to(device).contiguous()
-        self.matrix = matrix.float().to(device)
-        self.low = ((matrix - matrix.half().double()) * 4096).half().to(device)
-        self.member, self.mean = member.to(device), means.to(device).contiguous()
-        self.tiles, self.groups = tiles.to(device), groups.to(device)
+        dim, start_of = specs[0].dim, [0, *itertools.accumulate(len(s.levels) for s in specs)]
+        tiles, groups, rows, owner = [], [], [], []  # of every head; rows: the position at each place of the tiles, dim for none; owner: the group of each position
+        for spec, layout, first, head in [(s, layout, at, h) for s, layout, at in zip(specs, layouts, start_of) for h in range(s.heads)]:
+            for found, begun in ((tiles, []), (groups, []), (rows, []), (owner, [0] * dim)):
+                found.append(begun)
+            for row, seg in enumerate(spec.segments):
+                if seg.head != head:
+                    continue
+                begin = len(tiles[-1])
+                for at in range(0, seg.size, TILE):
+                    here = min(TILE, seg.size - at)
+                    tiles[-1].append([seg.width, layout.bases[row] + at, seg.size, seg.book + first, here] + [0] * 11)
+                    rows[-1] += [*range(seg.start + at, seg.start + at + here)] + [dim] * (TILE - here)
+                owner[-1][seg.start : seg.start + seg.size] = [len(groups[-1])] * seg.size
+                groups[-1].append([begin, len(tiles[-1]), row, seg.size])
+        most, parts = max(map(len, tiles)), max(map(len, groups))
+        filled = lambda lists, count, nothing: [x + [nothing] * (count - len(x)) for x in lists]  # noqa: E731
+        self.tiles = torch.tensor(filled(tiles, most, [0] * 16), dtype=torch.int32, device=device)
+        self.groups = torch.tensor(filled(groups, parts, [0] * 4), dtype=torch.int32, device=device)
+        place = torch.tensor(filled(rows, most * TILE, dim), device=device)
+        eye = torch.eye(dim, device=device)[None]
+        rotation = torch.cat([(eye if s.rotation is None else s.rotation.to(device)).expand(s.heads, -1, -1) for s in specs]).double()
+        matrix = torch.nn.functional.pad(rotation, (0, 0, 0, 1)).gather(1, place[:, :, None].expand(-1, -1, dim))
+        parts_of = torch.nn.functional.one_hot(torch.tensor(owner, device=device), parts).double().mT
+        self.member = (parts_of @ (rotation != 0).double()).clamp_max(1).float()  # a rotation mixes the channels of its segment only
+        self.mean = torch.cat([torch.zeros(s.heads, dim, device=device) if s.mean is None else s.mean.to(device) for s in specs])
+        self.shift = (matrix @ self.mean.double().unsqueeze(-1)).squeeze(-1).float()
+        self.matrix = matrix.float()
+        self.low = ((matrix - matrix.half().double()) * 4096).half()
         self.levels = torch.cat([s.levels.float() for s in specs]).to(device)
