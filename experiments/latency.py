@@ -26,6 +26,15 @@ MEASURES = {
     "shape/batch": "batch", "shape/tokens": "tokens", "shape/fp16_batch": "fp16_batch", "shape/break_even_tokens": "even", "bytes/cache": "cache",
     "bytes/weights": "weights", "bytes/peak": "peak", "bytes/fp16_flash_peak": "flash_peak", "rate/of_roofline": "of_roofline",
 }  # fmt: skip
+STEP_COLUMNS = {
+    "model": "model", "quant": "quant", "bits": "bits", "bits_stored": "stored bits", "piece": "D", "memory": "held", "tokens": "tokens each",
+    "batch": "sequences", "median": "step, ms", "p5": "p5", "p95": "p95", "flash": "fp16 flash, ms", "cudnn": "fp16 cuDNN, ms", "fp16_batch": "fp16 sequences",
+    "speed": "tokens/s over fp16's", "per_second": "tokens/s", "prefill": "prefill, ms", "flash_prefill": "fp16 prefill, ms", "encode": "encode, tokens/s",
+    "of_roofline": "share of copy rate", "cache": "cache, GB", "weights": "weights, GB", "peak": "peak, GB", "flash_peak": "fp16 peak, GB", "even": "faster from, tokens",
+}  # fmt: skip
+"""Columns of the table of whole steps, in order, to their titles."""
+WHOLE = ["tokens", "batch", "fp16_batch", "per_second", "prefill", "flash_prefill", "encode", "even"]
+"""Of them, those without decimals."""
 MISSING = "No whole step has been timed on a GPU yet: `python run.py -m experiment={}` there."
 
 
@@ -158,10 +167,9 @@ def tabulate(rows: pd.DataFrame, caption: str, experiment: str) -> Table:
         for metric, cells in part[part["metric"].isin(["time", "rate"])].groupby("metric", sort=False):
             made.add(f"{kernel.replace('_', ' ')}, {metric} in {cells['unit'].iloc[0]} ({where})", _wide(cells, "median", ",.1f"))
     if len(done):
-        gigabytes = done.assign(**{name: (done[name] / 1e9).round(2) for name in ("cache", "weights", "peak")})
-        columns = ["model", "quant", "bits", "bits_stored", "piece", "memory", "tokens", "batch", "median", "p5", "p95", "flash", "cudnn", "fp16_batch", "speed", "per_second",
-                   "prefill", "flash_prefill", "encode", "of_roofline", "cache", "weights", "peak", "even"]  # fmt: skip
-        given = gigabytes[[c for c in columns if gigabytes[c].notna().any()]].round(3)
+        gigabytes = done.assign(**{name: (done[name] / 1e9).round(2) for name in ("cache", "weights", "peak", "flash_peak")})
+        given = gigabytes[[c for c in STEP_COLUMNS if gigabytes[c].notna().any()]].round(3)
+        given = given.assign(**{c: given[c].map(lambda v: "" if v != v else f"{v:,.0f}") for c in WHOLE if c in given}).rename(columns=STEP_COLUMNS)
         where = ", ".join([*sorted(set(done["device"])), *sorted({d[:10] for d in done["date"]})])
-        made.add(f"Whole steps in one CUDA graph, milliseconds (cache, weights and peak in GB; {where})", given)
+        made.add(f"Whole steps in one CUDA graph, milliseconds ({where})", given)
     return made
