@@ -124,6 +124,7 @@ def _each(call: Callable[[tuple], None], jobs: list[tuple], device: torch.device
             call(job)
             torch.cuda.current_stream().synchronize()
 
+    torch.linalg.cholesky(torch.eye(1, device=device))  # torch loads its linear algebra once, at first use, and not safely from several threads
     torch.cuda.synchronize(device)
     with ThreadPoolExecutor(STREAMS) as pool:
         list(pool.map(apart, jobs))

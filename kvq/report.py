@@ -27,8 +27,9 @@ def show(frame: pd.DataFrame) -> pd.DataFrame:
     once = frame[frame.subset == "run"].set_index("metric")["value"]
     table = Table(title=f"{first.task} · {first['quant']} · {first.model} · data={first['data']}", title_justify="left")
     paired = [m for m in frame.metric.unique() if m.endswith("_minus_fp16")]
-    main = paired[0].removesuffix("_minus_fp16") if paired else frame[frame.subset != "run"].metric.iloc[0]
     scores = frame[frame.subset != "run"]
+    plain = [m for m in scores.metric if "/" not in m] or list(scores.metric)
+    main = paired[0].removesuffix("_minus_fp16") if paired else plain[0]
     everywhere = scores.groupby("metric", sort=False)["subset"].nunique() == scores["subset"].nunique()
     others = [m for m in everywhere.index[everywhere] if not m.startswith(f"{main}_") and m not in (main, WEAK) and "/" not in m]
     # A metric with a slash is one of a series (a stage, a quantile): it is in the rows and would not fit here.
@@ -38,7 +39,8 @@ def show(frame: pd.DataFrame) -> pd.DataFrame:
     for subset, rows in frame[frame.subset != "run"].groupby("subset", sort=False):
         cells = rows.set_index("metric")
         shown = [_cell(cells, m) for m in (main, f"{main}_fp16", f"{main}_minus_fp16", *others)]
-        table.add_row(f"{subset} *" if subset in weak else subset, *shown, str(cells.loc[main, "n"]), style="bold" if subset == "average" else None)
+        counted = str(cells.loc[main if main in cells.index else cells.index[0], "n"])  # an example that failed has no score
+        table.add_row(f"{subset} *" if subset in weak else subset, *shown, counted, style="bold" if subset == "average" else None)
     console.print(table)
     if weak:
         console.print("* fp16 is too close to guessing to tell methods apart (row fp16_too_weak)", highlight=False)

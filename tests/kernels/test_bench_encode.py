@@ -19,6 +19,24 @@ def test_cells_check_their_codes(name, dtype, monkeypatch):
     assert bench_encode.token(name, 2, dtype, batch=2, tokens=64, **SMALL) == {"checked": True}
 
 
+def test_a_neighbouring_level_may_move_its_gain():
+    spec = bench_encode.specs("blockgtq_k3v3", 2, DEVICE, 32)[0]
+    held, x = bench_encode.empty(spec, 1, 64), torch.randn(1, 2, 64, 32, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    count = torch.full((1,), 64, dtype=torch.int32, device=DEVICE)
+    encode.write(held, x, torch.zeros_like(count), count)
+    codes, _ = encode.symbols(spec, x)
+    segment = spec.segments[0]
+    channel = next(c for c in range(segment.start, segment.start + segment.size) if codes[0, segment.head, 5, c] % 2 == 0)
+    near = codes.clone()
+    near[0, segment.head, 5, channel] += 1
+    held.symbols = lambda start, end: (near, gains)
+    gains = encode.symbols(spec, x)[1].clone()
+    gains[0, 0, 5] *= 1.3
+    assert bench_encode.right(held, x, 0)
+    gains[0, 0, 6] *= 1.3
+    assert not bench_encode.right(held, x, 0), "the gain of a token whose codes agree"
+
+
 @pytest.mark.parametrize("spoil", ["bit", "gain", "missing"])
 def test_the_check_sees_wrong_codes(spoil):
     spec = bench_encode.specs("blockgtq_k3v3", 2, DEVICE, 32)[0]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kernels import backend
-from kvq import fill, runner
+from kvq import fill, report, runner
 from kvq.errors import Refusal
 from kvq.tasks import latency
 from tests.kvq.codecs import bind
@@ -134,7 +134,7 @@ def test_what_cannot_be_timed_is_refused(changes, word):
         latency.Latency(**options(**changes))
 
 
-def test_one_run_end_to_end(tmp_path):
+def test_one_run_end_to_end(tmp_path, capsys):
     words = ["model=tiny", "quant=int4", "task=latency", "task.context=[32,48]", "task.repeats=3", "task.encode=32", "task.prefill=32"]
     cfg = compose(*words, f"results={tmp_path}/results", f"outputs={tmp_path}/outputs")
     frame = runner.run(cfg, {"model": "tiny", "quant": "int4", "task": "latency", "calib": "text"})
@@ -144,3 +144,7 @@ def test_one_run_end_to_end(tmp_path):
     assert (frame.encoded_tokens == 80).all() and not frame.metric.str.startswith("failed").any()
     kept = [json.loads(line) for line in (folder / f"{frame.run[0]}.jsonl").read_text().splitlines()]
     assert [r["reasons"] for r in kept] == [{}, {}]
+    late = frame[(frame.subset != "b1 t48 eager reference") | frame.metric.str.startswith("shape/")]
+    capsys.readouterr()
+    report.show(late.sort_values("subset", ascending=False, kind="stable"))
+    assert "step_ms" in (told := capsys.readouterr().out) and "b1 t48" in told, "an example that failed has a line without a score"
