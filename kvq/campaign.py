@@ -26,6 +26,8 @@ HEAVY = ("niah", "longbench")
 """Tasks whose batches of long prompts fill a GPU's memory."""
 SLOWEST = ("niah", "longbench", "aime", "choices", "perplexity")
 """The order in which tasks are handed out, others after them: a long cell that starts last is waited for by all."""
+CROWDED = ("out of memory", "not fit in memory")
+"""What the sentence of a cell says that found a GPU full of other cells: it is computed again at the end, with a GPU to itself."""
 ALONE = ("latency",)
 """Tasks that need the machine to themselves; they are left to `python -m kvq.bench_decode`."""
 
@@ -128,6 +130,13 @@ class Pool:
 
     def run(self, waiting: list[list[str]], deadline: float) -> dict[str, list[list[str]]]:
         """Cells by what became of them: "" done, "busy" elsewhere, "late" not started in time, else the sentence of its failure."""
+        ended = self._run(waiting, deadline, alone=False)
+        crowded = [cell for reason in [r for r in ended if any(word in r for word in CROWDED)] for cell in ended.pop(reason)]
+        for reason, cells in self._run(crowded, deadline, alone=True).items() if crowded else ():
+            ended.setdefault(reason, []).extend(cells)
+        return ended
+
+    def _run(self, waiting: list[list[str]], deadline: float, alone: bool) -> dict[str, list[list[str]]]:
         ended: dict[str, list] = {}
         waiting = list(waiting)
         progress = tqdm(total=len(waiting), unit="cell", disable=None)
@@ -136,7 +145,7 @@ class Pool:
                 for cell in waiting + [cell for _, cell in self.busy.values()]:
                     ended.setdefault("late", []).append(cell)
                 break
-            self._hand_out(waiting)
+            self._hand_out(waiting, alone)
             for pipe in wait(list(self.busy), timeout=min(5.0, max(0.0, deadline - time.monotonic()))):
                 (place, gpu, process, _), cell = self.busy.pop(pipe)
                 progress.update()
@@ -149,9 +158,11 @@ class Pool:
                     self.free.append(self._start(place))
         return ended
 
-    def _hand_out(self, waiting: list[list[str]]) -> None:
+    def _hand_out(self, waiting: list[list[str]], alone: bool) -> None:
         load = Counter(worker[1] for worker, cell in self.busy.values() if _task(cell) in HEAVY)
         for worker in list(self.free):
+            if alone and any(worker[1] == other[1] for other, _ in self.busy.values()):
+                continue
             cell = next((c for c in waiting if load[worker[1]] < self.heavy or _task(c) not in HEAVY), None)
             if cell is not None:
                 waiting.remove(cell)

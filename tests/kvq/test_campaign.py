@@ -1,5 +1,6 @@
 """Campaigns: the cells of several experiments once each, a pool that outlives its workers and keeps heavy cells apart, and started again goes on."""
 
+import inspect
 import os
 import subprocess
 import sys
@@ -7,8 +8,9 @@ import time
 from collections import Counter
 
 import pytest
+import torch
 
-from kvq import campaign
+from kvq import batches, campaign, entry
 from kvq.errors import Refusal
 from tests.quants import ROOT
 
@@ -36,7 +38,10 @@ def pretend(pipe, name, folders, log, gpu, threads):
         time.sleep(0.1)
         with open(log.parent / "events", "a") as stream:
             stream.write(f"- {gpu} {cell[0]}\n")
-        pipe.send("busy" if "busy" in cell else "no such rate" if "bad" in cell else "")
+        full = "full" in cell and not (log.parent / "once").exists()
+        if full:
+            (log.parent / "once").touch()
+        pipe.send("2 x 9 tokens do not fit in memory: lower it" if full else "busy" if "busy" in cell else "no such rate" if "bad" in cell else "")
 
 
 @pytest.fixture
@@ -71,6 +76,16 @@ def test_heavy_cells_are_spread_over_the_gpus(pool, tmp_path):
         load[gpu] += (task == "task=longbench") * (1 if sign == "+" else -1)
         assert load[gpu] <= 1, "two heavy cells on one GPU"
     assert gpus == {"a", "b"}
+
+
+def test_a_cell_that_found_its_gpu_full_is_computed_again_alone(pool, tmp_path):
+    cells = [["task=aime", str(n)] for n in range(6)] + [["task=aime", "full"]]
+    ended = pool(jobs=4, heavy=4, gpus=["a", "b"]).run(cells, time.monotonic() + 60)
+    assert ended == {"": ended[""]} and sorted(map(tuple, ended[""])) == sorted(map(tuple, cells))
+    events = (tmp_path / "events").read_text().splitlines()
+    assert [line[0] for line in events[-2:]] == ["+", "-"] and len(events) == 2 * 8, "alone, after all others"
+    said = [entry.explain(torch.OutOfMemoryError("CUDA out of memory. Tried")), inspect.getsource(batches)]
+    assert all(any(word in sentence for word in campaign.CROWDED) for sentence in said)
 
 
 def test_what_time_does_not_allow_is_left(pool):
