@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import lookup_sums_triton
-from kernels.lookup_rows_triton import Layout, halves, laid, layout, merge, rotation, seat, strides, turn
+from kernels.lookup_rows_triton import Layout, halves, kind, laid, layout, merge, rotation, seat, strides, turn
 
 TILE = 64  # tokens rebuilt at once
 FEW = 128  # fewest tokens worth a program of their own
@@ -71,7 +71,7 @@ def _words(
 @triton.jit
 def _rebuild(
     word, tables, channel: tl.constexpr, PARTS: tl.constexpr, W: tl.constexpr, STEP: tl.constexpr,
-    PIECE: tl.constexpr, R: tl.constexpr, DEPTH: tl.constexpr, K: tl.constexpr, SHARED: tl.constexpr,
+    PIECE: tl.constexpr, R: tl.constexpr, DEPTH: tl.constexpr, K: tl.constexpr, SHARED: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     # As `kernels.lookup_rows_triton.rebuild`, from words
     part, i = tl.arange(0, PARTS), tl.arange(0, W)
@@ -79,7 +79,7 @@ def _rebuild(
     row, column = (0 if SHARED else begin // PIECE * R) + part * 0, begin % PIECE
     inside = tables + (row * (K * PIECE) + column)[None, :, None] + i[None, None, :]
     SPARED: tl.constexpr = 1 if DEPTH > 2 else 0  # one addition less, where what is left stays a loop (see there)
-    total = tl.load(inside + ((word & 255) * PIECE)[:, :, None]).to(tl.float16) if SPARED else tl.zeros([word.shape[0], PARTS, W], tl.float16)
+    total = tl.load(inside + ((word & 255) * PIECE)[:, :, None]).to(KIND) if SPARED else tl.zeros([word.shape[0], PARTS, W], KIND)
     for stage in tl.range(SPARED, DEPTH, num_stages=1):
         code = (word >> (8 * stage)) & 255
         total += tl.load(inside + ((stage * K + code) * PIECE)[:, :, None]).to(total.dtype)
@@ -104,7 +104,7 @@ def _scores(
     KEY_PIECE: tl.constexpr, KEY_R: tl.constexpr, KEY_K: tl.constexpr, KEY_STRIPS: tl.constexpr, KEY_SHARED: tl.constexpr,
     KEY_PARTS: tl.constexpr, KEY_W: tl.constexpr, KEY_STEP: tl.constexpr, KEY_HIGH: tl.constexpr,
     SLICES: tl.constexpr, DEPTH: tl.constexpr, GROUPS: tl.constexpr,
-    PACKED: tl.constexpr, BT: tl.constexpr, BG: tl.constexpr, MULTIPROCESSORS: tl.constexpr, TWICE: tl.constexpr,
+    PACKED: tl.constexpr, BT: tl.constexpr, BG: tl.constexpr, MULTIPROCESSORS: tl.constexpr, TWICE: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     work, table, batch, stretch = _task(lanes, splits, batches, MULTIPROCESSORS, TWICE)
     if not work:
@@ -143,12 +143,12 @@ def _scores(
         seen = token < end
         next_low = _words(codes, token + BT, end, stride_code, stride_token, 0, PARTS, KEY_STEP, KEY_PIECE, KEY_R, DEPTH, PACKED)
         next_high = _words(codes, token + BT, end, stride_code, stride_token, KEY_HIGH, PARTS, KEY_STEP, KEY_PIECE, KEY_R, DEPTH, PACKED)
-        k_low = _rebuild(own_low, tables, 0, PARTS, KEY_W, KEY_STEP, KEY_PIECE, KEY_R, DEPTH, KEY_K, KEY_SHARED)
-        k_high = _rebuild(own_high, tables, KEY_HIGH, PARTS, KEY_W, KEY_STEP, KEY_PIECE, KEY_R, DEPTH, KEY_K, KEY_SHARED)
+        k_low = _rebuild(own_low, tables, 0, PARTS, KEY_W, KEY_STEP, KEY_PIECE, KEY_R, DEPTH, KEY_K, KEY_SHARED, KIND)
+        k_high = _rebuild(own_high, tables, KEY_HIGH, PARTS, KEY_W, KEY_STEP, KEY_PIECE, KEY_R, DEPTH, KEY_K, KEY_SHARED, KIND)
         own_low, own_high = next_low, next_high
         k_low, k_high = k_low * cos - k_high * sin, k_high * cos + k_low * sin
-        score = tl.dot(low.to(tl.float16), tl.trans(tl.reshape(k_low, [BT, WIDE])))
-        score = tl.dot(high.to(tl.float16), tl.trans(tl.reshape(k_high, [BT, WIDE])), score)
+        score = tl.dot(low.to(KIND), tl.trans(tl.reshape(k_low, [BT, WIDE])), input_precision="ieee")
+        score = tl.dot(high.to(KIND), tl.trans(tl.reshape(k_high, [BT, WIDE])), score, input_precision="ieee")
         low, high = low * c[None, :] + high * s[None, :], high * c[None, :] - low * s[None, :]
         if sizes is not None:
             size = tl.load(sizes + batch.to(tl.int64) * size_batch + head * size_head + token * size_token, mask=seen, other=0.0)
@@ -177,7 +177,7 @@ def _values(
     VALUE_PIECE: tl.constexpr, VALUE_R: tl.constexpr, VALUE_K: tl.constexpr, VALUE_STRIPS: tl.constexpr, VALUE_SHARED: tl.constexpr,
     VALUE_PARTS: tl.constexpr, VALUE_W: tl.constexpr, VALUE_STEP: tl.constexpr, VALUE_HIGH: tl.constexpr,
     SLICES: tl.constexpr, DEPTH: tl.constexpr, GROUPS: tl.constexpr,
-    PACKED: tl.constexpr, BT: tl.constexpr, BG: tl.constexpr, MULTIPROCESSORS: tl.constexpr, TWICE: tl.constexpr,
+    PACKED: tl.constexpr, BT: tl.constexpr, BG: tl.constexpr, MULTIPROCESSORS: tl.constexpr, TWICE: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     work, table, batch, stretch = _task(lanes, splits, batches, MULTIPROCESSORS, TWICE)
     if not work:
@@ -211,8 +211,8 @@ def _values(
         if sizes is not None:
             size = tl.load(sizes + batch.to(tl.int64) * size_batch + head * size_head + token * size_token, mask=token < end, other=0.0)
             weight *= size.to(tl.float32)[None, :]
-        value = _rebuild(word, tables, 0, PARTS, VALUE_W, VALUE_STEP, VALUE_PIECE, VALUE_R, DEPTH, VALUE_K, VALUE_SHARED)
-        total = tl.dot(weight.to(tl.float16), tl.reshape(value, [BT, WIDE]), total)
+        value = _rebuild(word, tables, 0, PARTS, VALUE_W, VALUE_STEP, VALUE_PIECE, VALUE_R, DEPTH, VALUE_K, VALUE_SHARED, KIND)
+        total = tl.dot(weight.to(KIND), tl.reshape(value, [BT, WIDE]), total, input_precision="ieee")
         word, score = next_word, next_score
     mass = tl.sum(heavy, 1)
     place = stretch.to(tl.int64) * rows + row + g
@@ -246,7 +246,7 @@ def attend(
     key, value = layout(keys, dim, True), layout(values, dim, False)
     mine, theirs = divide(key, dim, keys.tables.element_size(), CACHE), divide(value, dim, values.tables.element_size(), CACHE)
     common = {"HEADS": heads, "GROUP": group, "D": dim, "BT": TILE, "BG": max(16, triton.next_power_of_2(group)),
-              "MULTIPROCESSORS": MULTIPROCESSORS, "TWICE": TWICE, **LIMIT}  # fmt: skip
+              "MULTIPROCESSORS": MULTIPROCESSORS, "TWICE": TWICE, "KIND": kind(query), **LIMIT}  # fmt: skip
     if inv_freq is None:
         scores = lookup_sums_triton.scores(query, keys, tokens, scale, _packed(keys.codes))[None]
     else:
@@ -255,7 +255,7 @@ def attend(
         scores = torch.empty(mine.slices * mine.groups, rows, tokens, device=query.device)
         lanes, splits, share, grid = _lanes(heads * mine.slices * mine.groups, batch, tokens)
         _scores[grid,](
-            query, keys.codes, keys.tables, keys.sizes, *rotation(inv_freq, piece, TILE), base, scores, tokens, share, lanes, splits, batch, scale,
+            query, keys.codes, keys.tables, keys.sizes, *rotation(inv_freq, piece, TILE, query.dtype == torch.float32), base, scores, tokens, share, lanes, splits, batch, scale,
             *keys.codes.stride(), *strides(keys.sizes, 3), **laid("KEY", key), SLICES=mine.slices, DEPTH=mine.depth, GROUPS=mine.groups,
             PACKED=_packed(keys.codes), **common,
         )  # fmt: skip

@@ -1,7 +1,8 @@
 """What both decode kernels over residual codes share: rebuilding a tile from table rows, turning angles, merging shares of the tokens.
 
 Table rows are read from global memory with plain 16-byte loads, so they live in the first-level cache: no staging through shared
-memory, which `cp.async` would do past that cache. A tile's sum is float16, as the product that follows wants it.
+memory, which `cp.async` would do past that cache. A tile's sum is float16, as the product that follows wants it; for float32 queries sums and
+products are float32 (:func:`kind`), because a model in float32 asks for its digits and not for speed.
 """
 
 import functools
@@ -36,15 +37,15 @@ def seat(
 @triton.jit
 def rebuild(
     codes, tables, token, seen, stride_code, stride_token, channel: tl.constexpr, PARTS: tl.constexpr, W: tl.constexpr, STEP: tl.constexpr,
-    PIECE: tl.constexpr, R: tl.constexpr, K: tl.constexpr, SHARED: tl.constexpr,
+    PIECE: tl.constexpr, R: tl.constexpr, K: tl.constexpr, SHARED: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    """[tokens, PARTS, W] float16: W channels from `channel` + part * STEP of a head on, the sum of one row for each of R stages."""
+    """[tokens, PARTS, W] of KIND: W channels from `channel` + part * STEP of a head on, the sum of one row for each of R stages."""
     part, i = tl.arange(0, PARTS), tl.arange(0, W)
     begin = channel + part * STEP
     piece, column = begin // PIECE, begin % PIECE
     # A loop that stays a loop keeps the layout of the loads; unrolled whole, every row would pass through shared memory on its way to
     # the product's layout.
-    total = tl.zeros([token.shape[0], PARTS, W], tl.float16)
+    total = tl.zeros([token.shape[0], PARTS, W], KIND)
     for stage in tl.range(0, R, loop_unroll_factor=4 if R >= 8 else 2, num_stages=1):
         code = tl.load(codes + (piece * R + stage)[None, :] * stride_code + token[:, None] * stride_token, mask=seen[:, None], other=0).to(tl.int32)
         row = (stage * K + code) * PIECE if SHARED else ((piece * R + stage)[None, :] * K + code) * PIECE
@@ -107,14 +108,22 @@ def halves(dim: int, piece: int, device: torch.device) -> Tensor:
     return order.transpose(1, 2).flatten()
 
 
+def kind(query: Tensor) -> tl.dtype:
+    """The type in which tiles are summed and multiplied."""
+    return tl.float32 if query.dtype == torch.float32 else tl.float16
+
+
 @functools.lru_cache(256)
-def rotation(inv_freq: Tensor, piece: int | None, tile: int) -> tuple[Tensor, Tensor]:
-    """Turns per token and per tile [2, D/2], and cosines and sines of a tile's offsets [2, tile, D/2], in the order of `halves` if `piece` is given."""
+def rotation(inv_freq: Tensor, piece: int | None, tile: int, exact: bool) -> tuple[Tensor, Tensor]:
+    """Turns per token and per tile [2, D/2], and cosines and sines of a tile's offsets [2, tile, D/2], in the order of `halves` if `piece` is given.
+
+    exact: the latter in float32, else in float16.
+    """
     if piece:
         inv_freq = inv_freq[halves(2 * len(inv_freq), piece, inv_freq.device)[: len(inv_freq)]]
     once = inv_freq.double() / (2 * torch.pi)
     angles = torch.arange(tile, device=inv_freq.device)[:, None] * inv_freq.double()
-    return torch.stack([once, (once * tile) % 1]).float(), torch.stack([angles.cos(), angles.sin()]).half()
+    return torch.stack([once, (once * tile) % 1]).float(), torch.stack([angles.cos(), angles.sin()]).to(torch.float32 if exact else torch.float16)
 
 
 class Layout(NamedTuple):

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.lookup_rows_triton import kind
+
 ROWS = 128  # table rows multiplied at once
 TILE = 256  # tokens summed at once
 PROGRAMS = 528  # four for each of 132 multiprocessors
@@ -17,7 +19,7 @@ PROGRAMS = 528  # four for each of 132 multiprocessors
 @triton.jit
 def _products(
     query, tables, out, scale, GROUP: tl.constexpr, D: tl.constexpr, PIECE: tl.constexpr, ROWS_OF: tl.constexpr, SHARED: tl.constexpr, STRIDED: tl.constexpr,
-    HEADS: tl.constexpr, W: tl.constexpr, BW: tl.constexpr, BG: tl.constexpr, BR: tl.constexpr,
+    HEADS: tl.constexpr, W: tl.constexpr, BW: tl.constexpr, BG: tl.constexpr, BR: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     # out [B, H, pieces of a head, R * K, GROUP]: rows of a head's pieces times its queries
     PIECES: tl.constexpr = D // W
@@ -30,10 +32,10 @@ def _products(
         piece, within = head * PIECES + part, head * 0
     if not SHARED:
         tables += piece.to(tl.int64) * ROWS_OF * PIECE
-    rows = tl.load(tables + within + r[:, None] * PIECE + w[None, :], mask=(r[:, None] < ROWS_OF) & (w[None, :] < W), other=0.0).to(tl.float16)
+    rows = tl.load(tables + within + r[:, None] * PIECE + w[None, :], mask=(r[:, None] < ROWS_OF) & (w[None, :] < W), other=0.0).to(KIND)
     channel = w * PIECES + part if STRIDED else part * W + w
     q = tl.load(query + (own.to(tl.int64) * GROUP + g[None, :]) * D + channel[:, None], mask=(g[None, :] < GROUP) & (w[:, None] < W), other=0.0)
-    score = tl.dot(rows, (q.to(tl.float32) * scale).to(tl.float16))
+    score = tl.dot(rows, (q.to(tl.float32) * scale).to(KIND), input_precision="ieee")
     at = (tl.program_id(0).to(tl.int64) * ROWS_OF + r[:, None]) * GROUP + g[None, :]
     tl.store(out + at, score.to(out.dtype.element_ty), mask=(r[:, None] < ROWS_OF) & (g[None, :] < GROUP))
 
@@ -86,7 +88,7 @@ def scores(query: Tensor, keys, tokens: int, scale: float, packed: bool) -> Tens
     shape = {"GROUP": group, "D": dim, "PIECE": piece, "HEADS": heads}
     _products[batch * heads * (dim // width), triton.cdiv(stages * entries, ROWS)](
         query.contiguous(), keys.tables, products, scale, **shape, ROWS_OF=stages * entries, SHARED=shared, STRIDED=keys.strided, W=width,
-        BW=max(16, width), BG=max(16, triton.next_power_of_2(group)), BR=ROWS,
+        BW=max(16, width), BG=max(16, triton.next_power_of_2(group)), BR=ROWS, KIND=kind(query),
     )  # fmt: skip
     out = torch.empty(batch * queries, tokens, device=query.device)
     splits = max(1, min(triton.cdiv(tokens, TILE), PROGRAMS // (batch * heads)))

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.lookup_rows_triton import halves, laid, layout, merge, rebuild, rotation, seat, strides, turned
+from kernels.lookup_rows_triton import halves, kind, laid, layout, merge, rebuild, rotation, seat, strides, turned
 
 TILE = 64  # tokens rebuilt at once
 SHARE = 512  # fewest tokens worth a program of their own
@@ -28,7 +28,7 @@ def _attend(
     KEY_PARTS: tl.constexpr, KEY_W: tl.constexpr, KEY_STEP: tl.constexpr, KEY_HIGH: tl.constexpr,
     VALUE_PIECE: tl.constexpr, VALUE_R: tl.constexpr, VALUE_K: tl.constexpr, VALUE_STRIPS: tl.constexpr, VALUE_SHARED: tl.constexpr,
     VALUE_PARTS: tl.constexpr, VALUE_W: tl.constexpr, VALUE_STEP: tl.constexpr, VALUE_HIGH: tl.constexpr,
-    ROTARY: tl.constexpr, RAGGED: tl.constexpr, BT: tl.constexpr, BG: tl.constexpr,
+    ROTARY: tl.constexpr, RAGGED: tl.constexpr, BT: tl.constexpr, BG: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     batch, head, split = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS, tl.program_id(1)
     HALF: tl.constexpr = D // 2
@@ -52,15 +52,15 @@ def _attend(
     for at in tl.range(split * share, tl.minimum(tokens, split * share + share), BT, num_stages=1):
         token = at + t
         seen = token < tokens
-        k_low = rebuild(key_codes, key_tables, token, seen, key_stride, key_token, 0, KEY_PARTS, KEY_W, KEY_STEP, KEY_PIECE, KEY_R, KEY_K, KEY_SHARED)
-        k_high = rebuild(key_codes, key_tables, token, seen, key_stride, key_token, KEY_HIGH, KEY_PARTS, KEY_W, KEY_STEP, KEY_PIECE, KEY_R, KEY_K, KEY_SHARED)
+        k_low = rebuild(key_codes, key_tables, token, seen, key_stride, key_token, 0, KEY_PARTS, KEY_W, KEY_STEP, KEY_PIECE, KEY_R, KEY_K, KEY_SHARED, KIND)
+        k_high = rebuild(key_codes, key_tables, token, seen, key_stride, key_token, KEY_HIGH, KEY_PARTS, KEY_W, KEY_STEP, KEY_PIECE, KEY_R, KEY_K, KEY_SHARED, KIND)
         q_low, q_high = low, high
         if ROTARY:
             q_low, q_high = turned(low, high, turns, start + at, BT, f, HALF)
             cos, sin = tl.load(around), tl.load(around + BT * HALF)
             k_low, k_high = k_low * cos - k_high * sin, k_high * cos + k_low * sin
-        score = tl.dot(q_low.to(tl.float16), tl.trans(tl.reshape(k_low, [BT, HALF])))
-        score = tl.dot(q_high.to(tl.float16), tl.trans(tl.reshape(k_high, [BT, HALF])), score)
+        score = tl.dot(q_low.to(KIND), tl.trans(tl.reshape(k_low, [BT, HALF])), input_precision="ieee")
+        score = tl.dot(q_high.to(KIND), tl.trans(tl.reshape(k_high, [BT, HALF])), score, input_precision="ieee")
         if key_sizes is not None:
             size = tl.load(key_sizes + batch.to(tl.int64) * key_size_batch + head * key_size_head + token * key_size_token, mask=seen, other=0.0)
             score *= size.to(tl.float32)[None, :]
@@ -73,8 +73,8 @@ def _attend(
         if value_sizes is not None:
             size = tl.load(value_sizes + batch.to(tl.int64) * value_size_batch + head * value_size_head + token * value_size_token, mask=seen, other=0.0)
             weight *= size.to(tl.float32)[None, :]
-        value = rebuild(value_codes, value_tables, token, seen, value_stride, value_token, 0, VALUE_PARTS, VALUE_W, VALUE_STEP, VALUE_PIECE, VALUE_R, VALUE_K, VALUE_SHARED)
-        total = total * fade[:, None] + tl.dot(weight.to(tl.float16), tl.reshape(value, [BT, D]))
+        value = rebuild(value_codes, value_tables, token, seen, value_stride, value_token, 0, VALUE_PARTS, VALUE_W, VALUE_STEP, VALUE_PIECE, VALUE_R, VALUE_K, VALUE_SHARED, KIND)
+        total = total * fade[:, None] + tl.dot(weight.to(KIND), tl.reshape(value, [BT, D]), input_precision="ieee")
         peak = top
     place = (split * tl.num_programs(0) + tl.program_id(0)) * GROUP + g
     tl.store(out + place[:, None] * D + d[None, :], total / tl.where(mass > 0, mass, 1.0)[:, None], mask=g[:, None] < GROUP)
@@ -95,12 +95,12 @@ def attend(
     parts, sums = torch.empty(1, splits, rows, dim, device=query.device), torch.empty(splits, rows, device=query.device)
     piece = keys.tables.shape[3] if keys.strided else None
     query = query[..., halves(dim, piece, query.device)] if piece else query.contiguous()
-    turns, offsets = (None, None) if inv_freq is None else rotation(inv_freq, piece, TILE)
+    turns, offsets = (None, None) if inv_freq is None else rotation(inv_freq, piece, TILE, query.dtype == torch.float32)
     _attend[batch * heads, splits](
         query, keys.codes, keys.tables, keys.sizes, values.codes, values.tables, values.sizes, turns, offsets, base, first, parts, sums,
         tokens, share, scale, *keys.codes.stride(), *values.codes.stride(), *strides(keys.sizes, 3), *strides(values.sizes, 3),
         HEADS=heads, GROUP=group, D=dim, **laid("KEY", layout(keys, dim, True)), **laid("VALUE", layout(values, dim, False)),
-        ROTARY=inv_freq is not None, RAGGED=first is not None, BT=TILE, BG=max(16, triton.next_power_of_2(group)), **LIMIT,
+        ROTARY=inv_freq is not None, RAGGED=first is not None, BT=TILE, BG=max(16, triton.next_power_of_2(group)), KIND=kind(query), **LIMIT,
     )  # fmt: skip
     if splits == 1:
         return parts.view(batch, queries, dim), sums.view(batch, queries)

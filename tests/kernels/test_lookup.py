@@ -100,9 +100,22 @@ def kernel(request, monkeypatch):
 @pytest.mark.parametrize("case", CASES)
 def test_kernels_obey_the_definition(case, kernel):
     *shape, options = CASES[case]
-    given = problem(*shape, **options)
-    for a, b in zip(kernel.attend(*given), defined(*given), strict=True):
+    query, *given = problem(*shape, **options)
+    expected = defined(query, *given)
+    for a, b in zip(kernel.attend(query.half(), *given), expected, strict=True):
         assert relative(a.cpu(), b) < 2e-3
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("case", CASES)
+def test_float32_queries_keep_their_digits(case, name, monkeypatch):
+    monkeypatch.setattr(triton_lookup, "SHARE", 64)
+    monkeypatch.setattr(bound, "MULTIPROCESSORS", 7)
+    monkeypatch.setattr(bound, "CACHE", 1024)
+    *shape, options = CASES[case]
+    given = problem(*shape, **options)
+    for a, b in zip(KERNELS[name].attend(*given), defined(*given), strict=True):
+        assert relative(a.cpu(), b) < 1e-5
 
 
 @pytest.mark.parametrize("name", KERNELS)
