@@ -55,8 +55,8 @@ def draw(rows: pd.DataFrame):
         axis.set_ylim(bottom=0)
         axis.set_xlabel("calibration tokens")
         axis.set_ylabel(title)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=4)
+    named = {text: handle for axis in axes for handle, text in zip(*axis.get_legend_handles_labels())}
+    figure.legend(named.values(), named.keys(), loc="outside upper center", ncols=4)
     return figure
 
 

@@ -67,11 +67,19 @@ def rises(rows: pd.DataFrame, budgets: tuple[float, ...] = (4, 2, 1, 0.5)) -> pd
     return pd.DataFrame(lines, columns=["arm", "budgets", "rises"])
 
 
+def _full(part: pd.DataFrame) -> str:
+    """How many cells of every arm and budget have three seeds."""
+    seeds = part.groupby(["arm", "bits"])["seed"].nunique()
+    return f"{(seeds >= 3).sum()} cells of {len(seeds)} have three seeds"
+
+
 def table(rows: pd.DataFrame) -> Table:
     made = Table(
-        "Mean ± standard deviation over seeds, their number in brackets; with one seed, its standard error. "
+        "Mean ± standard deviation over seeds, their number in brackets; with one seed, its standard error. An empty cell has not been run. "
         f"Calibration: {', '.join(rows['calibration'].unique())}. n = "
         + ", ".join(f"{part['n'].max():.0f} ({task})" for task, part in rows.groupby("task"))
+        + ". "
+        + "; ".join(f"{task}: {_full(part)}" for task, part in rows.groupby("task", sort=False))
         + "."
     )
     for task, title in (("perplexity", "Loss above fp16, nats per token"), ("niah", "Needles found, percent")):

@@ -22,18 +22,19 @@ VECTOR = ("gsrq", "gskm", "km", "vqllm", "cq")
 """Methods with codebooks begin so; their steps belong to GSRQ's tables, all others to Block-GTQ's."""
 MEASURES = {
     "step_ms": "median", "step_ms/p5": "p5", "step_ms/p95": "p95", "fp16_flash_ms": "flash", "fp16_cudnn_ms": "cudnn", "speedup": "speed",
-    "tokens_per_second": "per_second", "prefill_ms": "prefill", "fp16_flash_prefill_ms": "flash_prefill", "encode_tokens_per_second": "encode",
+    "tokens_per_second": "per_second", "prefill_ms": "prefill", "fp16_flash_prefill_ms": "flash_prefill", "fp16_cudnn_prefill_ms": "cudnn_prefill",
+    "encode_tokens_per_second": "encode",
     "shape/batch": "batch", "shape/tokens": "tokens", "shape/fp16_batch": "fp16_batch", "shape/break_even_tokens": "even", "bytes/cache": "cache",
     "bytes/weights": "weights", "bytes/peak": "peak", "bytes/fp16_flash_peak": "flash_peak", "rate/of_roofline": "of_roofline",
 }  # fmt: skip
 STEP_COLUMNS = {
     "model": "model", "quant": "quant", "bits": "bits", "bits_stored": "stored bits", "piece": "D", "memory": "held", "tokens": "tokens each",
     "batch": "sequences", "median": "step, ms", "p5": "p5", "p95": "p95", "flash": "fp16 flash, ms", "cudnn": "fp16 cuDNN, ms", "fp16_batch": "fp16 sequences",
-    "speed": "tokens/s over fp16's", "per_second": "tokens/s", "prefill": "prefill, ms", "flash_prefill": "fp16 prefill, ms", "encode": "encode, tokens/s",
-    "of_roofline": "share of copy rate", "cache": "cache, GB", "weights": "weights, GB", "peak": "peak, GB", "flash_peak": "fp16 peak, GB", "even": "faster from, tokens",
+    "speed": "tokens/s over fp16's", "per_second": "tokens/s", "prefill": "prefill, ms", "flash_prefill": "flash prefill, ms", "cudnn_prefill": "cuDNN prefill, ms",
+    "encode": "encode, tokens/s", "of_roofline": "share of copy rate", "cache": "cache, GB", "weights": "weights, GB", "peak": "peak, GB", "flash_peak": "fp16 peak, GB", "even": "faster from, tokens",
 }  # fmt: skip
 """Columns of the table of whole steps, in order, to their titles."""
-WHOLE = ["tokens", "batch", "fp16_batch", "per_second", "prefill", "flash_prefill", "encode", "even"]
+WHOLE = ["tokens", "batch", "fp16_batch", "per_second", "prefill", "flash_prefill", "cudnn_prefill", "encode", "even"]
 """Of them, those without decimals."""
 MISSING = "No whole step has been timed on a GPU yet: `python run.py -m experiment={}` there."
 
@@ -115,8 +116,9 @@ def speedups(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def whole(rows: pd.DataFrame) -> pd.DataFrame:
-    """Whole steps alone."""
-    return rows[rows["kind"] == "step"]
+    """Whole steps alone, peaks in GB as well."""
+    steps = rows[rows["kind"] == "step"]
+    return steps.assign(**{f"{name}_gb": steps[name] / 1e9 for name in ("peak", "flash_peak") if name in steps})
 
 
 def name(shape: tuple[int, int, int, int]) -> str:
@@ -171,5 +173,5 @@ def tabulate(rows: pd.DataFrame, caption: str, experiment: str) -> Table:
         given = gigabytes[[c for c in STEP_COLUMNS if gigabytes[c].notna().any()]].round(3)
         given = given.assign(**{c: given[c].map(lambda v: "" if v != v else f"{v:,.0f}") for c in WHOLE if c in given}).rename(columns=STEP_COLUMNS)
         where = ", ".join([*sorted(set(done["device"])), *sorted({d[:10] for d in done["date"]})])
-        made.add(f"Whole steps in one CUDA graph, milliseconds ({where})", given)
+        made.add(f"Whole steps in one CUDA graph, milliseconds; a cell is empty where the part did not finish in its time ({where})", given)
     return made

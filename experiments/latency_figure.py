@@ -15,6 +15,9 @@ KNOWN = {"sdpa": "fp16", "fp16": "fp16", "tq": "tq_mse", "blockgtq": "blockgtq",
 LINES = {"k2v2": "--", "cudnn": "--", "0.75 bit": "--", "after RoPE": ":", "d32": "-."}
 """Line style by the first of these words that a method has; else solid."""
 
+SHAPES = {"random_qwen25_3b": "Qwen2.5-3B", "random_qwen25_7b": "Qwen2.5-7B", "random_llama31_8b": "Llama-3.1-8B"}
+"""Models with random weights, by the shape that they have."""
+
 
 def known(method: str) -> str:
     return next((found for prefix, found in KNOWN.items() if method.startswith(prefix)), method)
@@ -37,11 +40,11 @@ def label(method: str) -> str:
 
 def draw(rows: pd.DataFrame):
     """Above: microseconds of decode attention against cached tokens at batch 1, one panel per head shape, speed against the fastest fp16 for the
-    last of them, and tokens per second at equal memory where measured. Below, for whole steps: milliseconds, one panel per model, and speed."""
+    last of them, and tokens per second at equal memory where measured. Below, for whole steps: milliseconds, one panel per model, speed and peak memory."""
     shown = rows[(rows["kind"] != "kernel") | (rows["batch"] == 1) & rows["fastest"].eq(True) & ~rows["method"].astype(str).str.fullmatch(ASIDE)]
     part, memory, whole = (shown[shown["kind"] == kind] for kind in ("kernel", "memory", "step"))
     shapes, models = sorted(part.groupby(["heads", "kv"]).groups), sorted(whole["model"].unique()) if len(whole) else []
-    across = max(len(shapes) + 1 + bool(len(memory)), len(models) + 1 + bool(len(_equal(whole))) if models else 0)
+    across = max(len(shapes) + 1 + bool(len(memory)), len(models) + 2 + bool(len(_equal(whole))) if models else 0)
     figure, grid = plt.subplots(1 + bool(models), across, figsize=(style.PAGE, 4.6 if models else 2.4), squeeze=False)
     for axis, (heads, kv) in zip(grid[0], shapes):
         _times(axis, part[(part["heads"] == heads) & (part["kv"] == kv)], named=(heads, kv) == shapes[-1])
@@ -125,7 +128,7 @@ def _called(quant: str, bits: float, piece: float, many: bool) -> str:
 
 
 def _steps(axes, whole: pd.DataFrame, models: list[str]) -> None:
-    """Milliseconds of one sequence's step by model, speed against the fastest fp16, and tokens per second at equal memory."""
+    """Milliseconds of one sequence's step by model, speed against the fastest fp16, peak memory, and tokens per second at equal memory."""
     one, equal = whole[whole["memory"] == "b1"].dropna(subset=["median"]), _equal(whole)
     groups, styles = ["quant", "bits", "piece"], ("-", "--", "-.", ":")
     for axis, model in zip(axes, models):
@@ -135,20 +138,30 @@ def _steps(axes, whole: pd.DataFrame, models: list[str]) -> None:
             look = {"color": style.color(quant), "marker": style.marker(quant), "markersize": 3, "linestyle": styles[at % 4]}
             axis.errorbar(cells["tokens"], cells["median"], [cells["median"] - cells["p5"], cells["p95"] - cells["median"]], capsize=1.5, **look)
             axes[len(models)].plot(cells["tokens"], cells["speed"], **look)
+            axes[len(models) + 1].plot(cells["tokens"], cells["peak"] / 1e9, **look)
+            if len(cells) == 1:  # a lone point is named where it lies
+                at_end = {"xytext": (-4, 0), "textcoords": "offset points", "ha": "right", "va": "center", "fontsize": 6.5}
+                axis.annotate(_called(quant, bits, piece, many), (cells["tokens"].iloc[0], cells["median"].iloc[0]), color=style.color(quant), **at_end)
+                continue
             ends.append((float(cells["median"].iloc[-1]), _called(quant, bits, piece, many), style.color(quant)))
         fastest = here[["flash", "cudnn"]].min(axis=1).groupby(here["tokens"]).min()
         axis.plot(fastest.index, fastest, color=style.color("fp16"))
         if len(fastest.dropna()):
             ends.append((float(fastest.dropna().iloc[-1]), "fp16", style.color("fp16")))
+        plain = here.groupby("tokens")["flash_peak"].min() / 1e9
+        axes[len(models) + 1].plot(plain.index, plain, color=style.color("fp16"))
         style.plain_log(axis, "y", 10)
         _tokens(axis)
         style.name_ends(axis, ends)
-        axis.set_title(model.removeprefix("random_").replace("_", " "))
+        axis.set_title("shape of " + SHAPES.get(model, model))
     axes[0].set_ylabel("whole step, one sequence (ms)")
     _unity(axes[len(models)])
-    axes[len(models)].set_ylabel("speed of a step (fastest fp16 = 1)")
+    axes[len(models)].set_ylabel("speed (fastest fp16 = 1)")
+    axes[len(models) + 1].set_ylim(bottom=0)
+    _tokens(axes[len(models) + 1])
+    axes[len(models) + 1].set_ylabel("peak memory, weights included (GB)")
     if len(equal):
         first = equal.iloc[0]
         texts = ["fp16", *(_called(q, b, p, equal["piece"].nunique() > 1) for q, b, p in zip(equal["quant"], equal["bits"], equal["piece"]))]
         values = [1e3 * first["fp16_batch"] / min(v for v in (first["flash"], first["cudnn"]) if v == v), *equal["per_second"]]
-        _bars(axes[len(models) + 1], texts, values, [first["fp16_batch"], *equal["batch"]], [style.color("fp16"), *map(style.color, equal["quant"])])
+        _bars(axes[len(models) + 2], texts, values, [first["fp16_batch"], *equal["batch"]], [style.color("fp16"), *map(style.color, equal["quant"])])

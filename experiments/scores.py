@@ -48,6 +48,7 @@ def panel(axis, part: pd.DataFrame, x: str = "bits_stored", names: bool = True, 
         ends.append((float(cells.y.iloc[-1]), style.label(quant), style.color(quant)))
     if loss:
         axis.set_yscale("symlog", linthresh=1e-2)
+        axis.set_ylim(bottom=min(0, part["value"].min()))  # linear below .01: the tick at 0 says so
         axis.yaxis.set_major_formatter(lambda v, _: f"{v:g}")
     else:
         axis.axhline(part["fp16"].mean(), color=style.color("fp16"), linestyle="--", linewidth=0.8)

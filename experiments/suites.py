@@ -111,8 +111,16 @@ def table(rows: pd.DataFrame) -> Table:
         "Loss in nats per token above fp16 (fp16 row: the loss), scores in percent; ± over seeds, or one standard error with one seed. "
         f"Examples: {asked}. Calibration: {', '.join(dict.fromkeys(rows['calibration']))}. Protocol: {protocol}. "
         "All-in bits are of the perplexity run. `within error`: a step the wrong way by less than its standard error; an equal score is one."
+        + _missing(rows, tasks)
     )
     return Table(caption).add("", pd.DataFrame(lines).fillna(""))
+
+
+def _missing(rows: pd.DataFrame, tasks: list[str]) -> str:
+    """Which suites a method has not been run on, in a sentence; nothing if there are none."""
+    lacks = {quant: [TASKS[t][1] for t in tasks if rows[(rows["task"] == t) & (rows["quant"] == quant)]["bits"].nunique() < len(BITS)] for quant in QUANTS}
+    told = "; ".join(f"{style.label(quant)}: {', '.join(names)}" for quant, names in lacks.items() if names)
+    return f" Not run at this size, or not at every budget: {told}." if told else ""
 
 
 def _reference(rows: pd.DataFrame, task: str) -> str:

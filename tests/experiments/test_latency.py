@@ -111,9 +111,12 @@ def test_outputs_that_were_not_right_are_named(tmp_path):
 def test_claims_about_whole_steps_are_judged_once_they_are_timed(folder):
     about = [c for c in ledger.claims(folder) if c.get("rows", "").endswith(".whole") and c["paper"] == "blockgtq"]
     assert about and {ledger.judge(c, folder, "standin", {})["verdict"] for c in about} == {"no rows yet"}
-    more = {"prefill_ms": 900.0, "fp16_flash_prefill_ms": 700.0, "bytes/peak": 9e9, "bytes/fp16_flash_peak": 12e9}
+    more = {"prefill_ms": 900.0, "fp16_flash_prefill_ms": 1000.0, "fp16_cudnn_prefill_ms": 700.0, "bytes/peak": 9e9, "bytes/fp16_flash_peak": 12e9}
     for quant, ms in (("blockgtq", 4.0), ("tq_mse", 3.0)):
-        write(folder, quant, 3.0, {"b1 t131072": example(1, 131072, ms, 3.5, **more)}, model="random_qwen25_3b")
+        cells = {f"b1 t{tokens}": example(1, tokens, ms, 3.5, **more) for tokens in (131072, 524288)}
+        write(folder, quant, 3.0, cells, model="random_qwen25_3b")
     found = [ledger.judge(c, folder, "standin", {}) for c in about]
     assert [f["verdict"] for f in found] == ["not reproduced", "reproduced in direction", "reproduced in direction"]
     assert found[0]["ours"] == "0.88 times the speed, 4.00 ms; TQ-MSE 1.17"
+    assert found[1]["ours"] == "900 ms against 700 (cuDNN) and 1,000 (flash)"
+    assert found[2]["ours"].startswith("9.0 against 12.0 GB")
