@@ -31,7 +31,8 @@ STEP_COLUMNS = {
     "model": "model", "quant": "quant", "bits": "bits", "bits_stored": "stored bits", "piece": "D", "memory": "held", "tokens": "tokens each",
     "batch": "sequences", "median": "step, ms", "p5": "p5", "p95": "p95", "flash": "fp16 flash, ms", "cudnn": "fp16 cuDNN, ms", "fp16_batch": "fp16 sequences",
     "speed": "tokens/s over fp16's", "per_second": "tokens/s", "prefill": "prefill, ms", "flash_prefill": "flash prefill, ms", "cudnn_prefill": "cuDNN prefill, ms",
-    "encode": "encode, tokens/s", "of_roofline": "share of copy rate", "cache": "cache, GB", "weights": "weights, GB", "peak": "peak, GB", "flash_peak": "fp16 peak, GB", "even": "faster from, tokens",
+    "encode": "encode, tokens/s", "of_roofline": "share of copy rate", "cache": "cache, GB", "weights": "weights, GB", "peak": "peak, GB",
+    "flash_peak": "fp16 peak, GB", "even": "faster from, tokens",
 }  # fmt: skip
 """Columns of the table of whole steps, in order, to their titles."""
 WHOLE = ["tokens", "batch", "fp16_batch", "per_second", "prefill", "flash_prefill", "cudnn_prefill", "encode", "even"]
