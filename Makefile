@@ -1,6 +1,7 @@
 SHELL := /bin/bash
 PYTHON ?= python3
 ARGS ?= quant=gsrq bits=1 task=longbench
+RESULTS ?= outputs/results
 TARGET_PYTHON ?= 3.11
 WORKERS ?= 2
 SIZE ?= gpu
@@ -15,8 +16,8 @@ help:  ## list the targets
 
 setup: .venv/run.ready  ## make .venv with the pinned dependencies; WHEELHOUSE=folder: from its wheels, without an index
 
-run: .venv/run.ready  ## run one cell; ARGS="quant=gsrq bits=1 task=longbench" takes any Hydra overrides
-	@$(BIN)/python run.py $(ARGS)
+run: .venv/run.ready  ## run one cell; ARGS="quant=gsrq bits=1 task=longbench" takes any Hydra overrides; RESULTS=folder of its rows
+	@$(BIN)/python run.py results=$(RESULTS) $(ARGS)
 
 test: .venv/dev.ready  ## the whole offline test-suite, in WORKERS=2 processes
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST)
@@ -53,7 +54,7 @@ standin: .venv/run.ready  ## train the stand-in model again (needs a GPU, under 
 	$(BIN)/python -m kvq.standin.train --work build/standin --out build/stage2 --start build/stage1 --lengths 2048 8192 16384 \
 		--text 0.4 --context 0 --prose 0.05 --seed 2 --minutes 2.2 --eval-minutes 0.5
 
-clean:  ## remove logs, partial runs and stored calibrations; results/ stays
+clean:  ## remove logs, partial runs, stored calibrations and rows of make run; results/ stays
 	rm -rf outputs multirun
 
 .venv/run.ready: pyproject.toml

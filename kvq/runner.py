@@ -106,7 +106,8 @@ def _again(cell: Cell) -> pd.DataFrame:
         raise Refusal(f"{cell.path} holds rows of run {frame.run.iloc[0]}; delete it and run the cell again.")
     with suppress(Busy), _claim(cell, wait=False):  # whoever repeats the run with force=true keeps what it has
         _forget(cell)  # left by a kill between the last two steps
-    report.say(f"run {cell.run} is finished; force=true repeats it")
+    first = frame.iloc[0]
+    report.say(f"run {cell.run} is finished ({first.date[:10]} on {first.device}, rows in {cell.path.parent.parent}); force=true repeats it")
     return report.show(frame)
 
 

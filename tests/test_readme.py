@@ -67,6 +67,7 @@ def test_make_targets_do_what_they_say(command, tmp_path, monkeypatch):
     assert expected in plan.stdout
     if expected == "run.py":
         arguments = plan.stdout.strip().splitlines()[-1].partition("run.py ")[2]
+        assert "results=outputs/results" in arguments, "beside the committed rows a fresh clone would compute nothing"
         assert execute(overrides(arguments), tmp_path, monkeypatch) == 0
 
 
