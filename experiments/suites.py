@@ -40,8 +40,12 @@ def rows(results: Path = Path("results"), model: str = "standin") -> pd.DataFram
     found = pd.concat(parts)
     if found.empty:
         return found
-    found = found.assign(protocol=[_protocol(row.task, row.options) for row in found.itertuples()], calibration=committed.calibration(found))
-    keep = ["task", "model", "quant", "bits", "bits_stored", "bits_total", "seed", "value", "stderr", "n", "fp16", "protocol", "calibration"]
+    found = found.assign(
+        protocol=[_protocol(row.task, row.options) for row in found.itertuples()],
+        calibration=committed.calibration(found),
+        dtype=committed.option(found, "identity.model.dtype"),
+    )
+    keep = ["task", "model", "quant", "bits", "bits_stored", "bits_total", "seed", "value", "stderr", "n", "fp16", "protocol", "calibration", "dtype"]
     return found[keep].sort_values(["task", "quant", "bits", "seed"], ignore_index=True)
 
 
@@ -112,6 +116,7 @@ def table(rows: pd.DataFrame) -> Table:
         f"Examples: {asked}. Calibration: {', '.join(dict.fromkeys(rows['calibration']))}. Protocol: {protocol}. "
         "All-in bits are of the perplexity run. `within error`: a step the wrong way by less than its standard error; an equal score is one."
         + _missing(rows, tasks)
+        + _number_types(rows)
     )
     return Table(caption).add("", pd.DataFrame(lines).fillna(""))
 
@@ -121,6 +126,14 @@ def _missing(rows: pd.DataFrame, tasks: list[str]) -> str:
     lacks = {quant: [TASKS[t][1] for t in tasks if rows[(rows["task"] == t) & (rows["quant"] == quant)]["bits"].nunique() < len(BITS)] for quant in QUANTS}
     told = "; ".join(f"{style.label(quant)}: {', '.join(names)}" for quant, names in lacks.items() if names)
     return f" Not run at this size, or not at every budget: {told}." if told else ""
+
+
+def _number_types(rows: pd.DataFrame) -> str:
+    """The number type of most runs, and which cells have another, in a sentence."""
+    most = rows["dtype"].mode()[0]
+    others = rows[rows["dtype"] != most].groupby(["dtype", "quant", "task"]).size().index
+    told = "; ".join(f"{dtype} for {style.label(quant)}, {TASKS[task][1]}" for dtype, quant, task in others)
+    return f" Runs are in {most}" + (f" ({told})." if told else ".")
 
 
 def _reference(rows: pd.DataFrame, task: str) -> str:

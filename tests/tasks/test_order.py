@@ -13,6 +13,9 @@ MAIN = {"loss": -1, "score": 1}
 """Main metric to its direction."""
 WHOLE = ("average", "text", "choices", "arithmetic", "gsm8k")
 """The subset that stands for a run."""
+ASIDE = {*results.HOW, "content"}
+"""Task options that do not set sweeps apart: how it is computed, and a hash of the task that also moves with the names of its examples."""
+SUITES = ("perplexity", "longbench", "niah", "choices", "aime")
 
 
 def sweeps():
@@ -22,6 +25,7 @@ def sweeps():
     for row in rows.itertuples():
         identity = json.loads(row.config)["identity"]
         identity["quant"] = {k: v for k, v in identity["quant"].items() if k in ("name", "sink", "window")}
+        identity["task"] = {k: v for k, v in identity["task"].items() if k not in ASIDE}
         key = (row.task, row.quant, row.metric, json.dumps(identity, sort_keys=True))
         found.setdefault(key, {})[row.bits] = (MAIN[row.metric] * row.value, row.stderr)
     return {key: budgets for key, budgets in found.items() if {1.0, 2.0, 4.0} <= budgets.keys()}
@@ -31,8 +35,8 @@ SWEEPS = sweeps()
 
 
 def test_there_are_sweeps_to_look_at():
-    assert {"blockgtq", "kivi"} <= {quant for _, quant, _, _ in SWEEPS}
-    assert "perplexity" in {task for task, _, _, _ in SWEEPS}
+    assert set(itertools.product(SUITES, ("gsrq", "blockgtq", "kivi"))) <= {(task, quant) for task, quant, _, _ in SWEEPS}
+    assert len(SWEEPS) >= 44
 
 
 @pytest.mark.parametrize("key", SWEEPS, ids=lambda key: f"{key[0]}-{key[1]}")
