@@ -15,7 +15,8 @@ def write(folder, quant, bits, seed, value, task="perplexity", config=CONFIG, ca
     metric = "loss" if task == "perplexity" else "score"
     common = {"model": "standin", "data": "embedded", "calib": calib, "encoded_tokens": 10, "stderr": 0.1, "n": 4, "commit": "", "dirty": False,
               "date": date, "device": "cpu", "torch": "", "transformers": ""}  # fmt: skip
-    config = {"model": {}, "seed": seed, **config, "quant": {**config["quant"], "key": {**config["quant"]["key"], "bits": bits}, "value": {"bits": bits}}}
+    told = {"model": {}, "seed": seed, "identity": {"model": {"dtype": "bfloat16"}}}
+    config = {**told, **config, "quant": {**config["quant"], "key": {**config["quant"]["key"], "bits": bits}, "value": {"bits": bits}}}
     values = {metric: value + 1, f"{metric}_fp16": 1.0, f"{metric}_minus_fp16": value, "kl": value}
     run = results.run_id({"q": quant, "b": bits, "s": seed, "t": task, "c": config})
     rows = [{**common, "run": run, "quant": quant, "task": task, "bits": bits, "bits_stored": bits, "bits_total": bits + 1, "subset": "text", "metric": name,
@@ -152,7 +153,7 @@ def test_a_suite_table_has_one_calibration_and_says_which(tmp_path, caplog):
     suite(tmp_path, 64, {4: 99})
     made = suites.rows(tmp_path)
     assert set(made["calibration"]) == {"8 x 64 tokens of text"} and 99 not in set(made["value"])
-    assert "Calibration: 8 x 64 tokens of text." in suites.table(made).caption
+    assert "Calibration: 8 x 64 tokens of text." in suites.table(made).caption and "Runs are in bfloat16." in suites.table(made).caption
     committed.one_setting(committed.load(tmp_path, task="niah"))
     assert "niah: 1 runs of another size stay out: calib.samples=64 (here 8)" in caplog.text
 
