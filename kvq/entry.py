@@ -90,8 +90,9 @@ def noted(cfg, choices: dict[str, str], note: sweep.Note, place: tuple | None = 
         reason = explain(error)
         print(f"failed: {' '.join(note.state['cell'])}: {reason}", file=sys.stderr, flush=True)
         note.failed(reason, error)
-        _free_memory()
         return reason
+    finally:
+        _free_memory()
 
 
 def explain(error: BaseException) -> str:
@@ -254,7 +255,7 @@ def _quiet() -> None:
 
 
 def _free_memory() -> None:
-    """Give back what a failed cell held on the GPU."""
+    """Give back what a cell held on the GPU: other processes of a sweep wait for it."""
     torch = sys.modules.get("torch")
     if torch and torch.cuda.is_initialized():
         import gc
