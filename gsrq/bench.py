@@ -53,7 +53,7 @@ def clustering(groups: int = 32, n: int = 131072) -> None:
         BOX.note("kmeans_iteration", "triton weighted gskm", shape, "time", "ms", clock(lambda: gain_shape(x, weights, inverse, nearest(x, centres)[0], centres)))
         BOX.note("kmeans_assign", "triton", shape, "time", "ms", clock(lambda: nearest(x, centres)))
         BOX.note("kmeans_sums", "triton, 1 weighting", shape, "time", "ms", clock(lambda: kmeans.sums(x, ones, labels, count)))
-        BOX.note("kmeans_sums", "triton, 2 weightings", shape, "time", "ms", clock(lambda: kmeans.sums(x, torch.stack([ones, weights]), labels, count)))
+        BOX.note("kmeans_sums", "triton, 2 weightings", shape, "time", "ms", clock(lambda: kmeans.sums(x, weights, labels, count, inverse)))
         try:
             from flash_kmeans.kmeans_triton_impl import _euclid_iter
 

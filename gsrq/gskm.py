@@ -17,7 +17,7 @@ def gain_shape(x: Tensor, weights: Tensor, inverse: Tensor, labels: Tensor, entr
 
     An entry whose mean direction vanishes keeps its direction; an entry without members stays as it is.
     """
-    (mass, _), (total, units) = sums(x, torch.stack([weights, weights * inverse]), labels, entries.shape[1])
+    mass, (total, units) = sums(x, weights, labels, entries.shape[1], inverse)
     tiny = torch.finfo(mass.dtype).tiny
     # A unit-vector sum is compared with its largest possible length, the mass of the members that have a direction.
     length = units.norm(dim=-1, keepdim=True)

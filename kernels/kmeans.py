@@ -57,20 +57,19 @@ def nearest(x: Tensor, entries: Tensor, *, cosine: bool = False) -> tuple[Tensor
     return labels, scores
 
 
-def sums(x: Tensor, weights: Tensor, labels: Tensor, entries: int) -> tuple[Tensor, Tensor]:
-    """Per entry, the summed weight [..., G, K] and the weighted sum of its members [..., G, K, D], in float32.
+def sums(x: Tensor, weights: Tensor, labels: Tensor, entries: int, factor: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Per entry, the summed weight [G, K] and the weighted sum of its members [G, K, D], in float32.
 
-    x [G, N, D], labels [G, N] integers, weights [G, N] or several weightings [S, G, N] of the same members (S = 1 or 2 on CUDA).
-    Equal inputs give equal bits: members are added in the order of a stable sort, never by atomics.
+    x [G, N, D], labels [G, N] integers, weights [G, N]. With `factor` [G, N] two sums [2, G, K, D] from one reading of x: under weights and
+    under weights * factor. Equal inputs give equal bits: members are added in the order of a stable sort, never by atomics.
     """
-    several = weights.reshape(-1, *labels.shape)
     if x.is_cuda:
         from kernels import kmeans_triton
 
-        mass, total = kmeans_triton.sums(x, several, labels, entries)
+        mass, total = kmeans_triton.sums(x, weights, labels, entries, factor)
     else:
-        mass, total = _sums(x, several, labels, entries)
-    return mass.view(*weights.shape[:-1], entries), total.view(*weights.shape[:-1], entries, x.shape[2])
+        mass, total = _sums(x, weights, labels, entries, factor)
+    return mass, total[0] if factor is None else total
 
 
 def mean(x: Tensor, weights: Tensor, inverse: Tensor, labels: Tensor, entries: Tensor) -> tuple[Tensor, Tensor]:
@@ -214,15 +213,16 @@ def _nearest(x: Tensor, table: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     return (place[0, :, 0] // columns.shape[3]).T.flatten(), top[0, :, 0].T.flatten()
 
 
-def _sums(x: Tensor, weights: Tensor, labels: Tensor, entries: int) -> tuple[Tensor, Tensor]:
+def _sums(x: Tensor, weights: Tensor, labels: Tensor, entries: int, factor: Tensor | None) -> tuple[Tensor, Tensor]:
     groups, _, width = x.shape
     flat = (labels + torch.arange(groups)[:, None] * entries).flatten()
     members, order = flat.sort(stable=True)
     bounds = torch.searchsorted(members, torch.arange(groups * entries))
-    mass = [torch.bincount(flat, row.flatten(), groups * entries) for row in weights]
+    mass = torch.bincount(flat, weights.flatten(), groups * entries)
     # Rows of x are added in place by sorted position: no weighted copy of x, and parallel over entries.
-    total = [embedding_bag(order, x.reshape(-1, width), bounds, mode="sum", per_sample_weights=row.flatten()[order]) for row in weights]
-    return torch.stack(mass), torch.stack(total)
+    several = [weights] if factor is None else [weights, weights * factor]
+    total = [embedding_bag(order, x.reshape(-1, width), bounds, mode="sum", per_sample_weights=row.flatten()[order]) for row in several]
+    return mass.view(groups, entries), torch.stack(total).view(-1, groups, entries, width)
 
 
 def _compact(x: Tensor) -> tuple[Tensor, Tensor]:

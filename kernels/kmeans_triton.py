@@ -12,8 +12,9 @@ from torch import Tensor
 WHOLE = 512  # bytes of the widest vector that stays while the entries stream past
 # (vectors, entries, warps, stages) of an assignment tile, measured on an H200 (kernels/NOTES.md); wider vectors are read in parts
 TILE, WIDE = (256, 64, 8, 3), (128, 64, 8, 2)
-# (members gathered at once, warps, stages, eager, members a program should get on average) for one weighting and for two
-GATHER = {1: (64, 2, 3, False, 256), 2: (32, 4, 3, False, 256)}
+# (members gathered at once, warps, stages, members a program should get on average); rows are kept apart in registers only where lanes keep
+# them apart, so a program needs 80 registers and as many bytes are on their way as shared memory holds
+GATHER = (64, 2, 3, 256)
 
 
 @triton.jit
@@ -68,39 +69,36 @@ def _assign(
 
 @triton.jit
 def _gather(
-    x, pull, order, bounds, total, mass, entries,
-    D: tl.constexpr, BD: tl.constexpr, TWO: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, EAGER: tl.constexpr,
+    x, pull, factor, order, bounds, total, mass, entries,
+    D: tl.constexpr, BD: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr, KEEP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    # One entry's members, or a share of them, in sorted order; EAGER joins the rows of a block at once, else at the end.
-    WEIGHTINGS: tl.constexpr = 2 if TWO else 1
+    # One entry's members, or a share of them, in sorted order; a row is read once for both weightings, KEEP running sums are joined at the end.
     entry, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     begin, end = tl.load(bounds + entry), tl.load(bounds + entry + 1)
     share = tl.cdiv(end - begin, SPLITS)
     begin += split * share
     end = tl.minimum(end, begin + share)
     d, r = tl.arange(0, BD), tl.arange(0, ROWS)
-    first = tl.zeros([1 if EAGER else ROWS, BD], tl.float32)
-    first_mass = tl.zeros([ROWS], tl.float32)
-    second, second_mass = first, first_mass
+    first = tl.zeros([KEEP, BD], tl.float32)
+    second, heavy = first, tl.zeros([ROWS, 1], tl.float32)  # as a column: one layout for all that is read per row, so nothing is read twice
     for at in tl.range(begin, end, ROWS, num_stages=STAGES):
         live = at + r < end
         row = tl.load(order + at + r, mask=live, other=0)
         vector = tl.load(x + row[:, None] * D + d[None, :], mask=live[:, None] & (d[None, :] < D), other=0.0).to(tl.float32)
-        weight = tl.load(pull + row * WEIGHTINGS, mask=live, other=0.0)
-        part = weight[:, None] * vector
-        first += tl.sum(part, 0)[None, :] if EAGER else part
-        first_mass += weight
-        if TWO:
-            weight = tl.load(pull + row * WEIGHTINGS + 1, mask=live, other=0.0)
-            part = weight[:, None] * vector
-            second += tl.sum(part, 0)[None, :] if EAGER else part
-            second_mass += weight
-    out = (split * WEIGHTINGS).to(tl.int64) * entries + entry
-    tl.store(total + out * D + d, tl.sum(first, 0), mask=d < D)
-    tl.store(mass + out, tl.sum(first_mass, 0))
-    if TWO:
+        weight = tl.load(pull + row, mask=live, other=0.0)[:, None]
+        heavy += weight
+        first += tl.sum(tl.reshape(weight * vector, [ROWS // KEEP, KEEP, BD]), 0)
+        if factor is not None:
+            weight *= tl.load(factor + row, mask=live, other=0.0)[:, None]
+            second += tl.sum(tl.reshape(weight * vector, [ROWS // KEEP, KEEP, BD]), 0)
+    out = split.to(tl.int64) * entries + entry
+    tl.store(mass + out, tl.sum(tl.sum(heavy, 1), 0))
+    if factor is None:
+        tl.store(total + out * D + d, tl.sum(first, 0), mask=d < D)
+    else:
+        out += split.to(tl.int64) * entries
+        tl.store(total + out * D + d, tl.sum(first, 0), mask=d < D)
         tl.store(total + (out + entries) * D + d, tl.sum(second, 0), mask=d < D)
-        tl.store(mass + out + entries, tl.sum(second_mass, 0))
 
 
 def nearest(x: Tensor, entries: Tensor, bias: Tensor, tile: tuple[int, int, int, int] = TILE) -> tuple[Tensor, Tensor]:
@@ -139,26 +137,33 @@ def _launch(x, entries, bias, tile, weights=None, squares=None, before=None):
     return labels, scores, facts
 
 
-def sums(x: Tensor, weights: Tensor, labels: Tensor, entries: int) -> tuple[Tensor, Tensor]:
-    """Summed weight [S, G, K] and weighted sums [S, G, K, D], float32, for S = 1 or 2 weightings [S, G, N] of one labelling.
+def sums(x: Tensor, weights: Tensor, labels: Tensor, entries: int, factor: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Summed weight [G, K] and weighted sums [S, G, K, D], float32: S = 1, or 2 with `factor`, the second under weights * factor.
 
-    x [G, N, D] float16, bfloat16 or float32; labels [G, N] integers in [0, entries).
+    x [G, N, D] float16, bfloat16 or float32; weights and factor [G, N] float32; labels [G, N] integers in [0, entries).
     """
     groups, n, width = x.shape
-    several, count = len(weights), groups * entries
-    key = labels + torch.arange(0, count, entries, device=x.device, dtype=torch.int32)[:, None]
-    key = key.to(torch.int16 if count < 2**15 else torch.int32)
-    ordered, order = torch.sort(key.flatten(), stable=True)
-    bounds = torch.searchsorted(ordered, torch.arange(count + 1, device=x.device, dtype=key.dtype))
-    rows, warps, stages, eager, share = GATHER[several]
+    several, count = 1 if factor is None else 2, groups * entries
+    order, bounds = _members(labels, entries)
+    rows, warps, stages, share = GATHER
     splits = max(1, min(16, n // (entries * share)))
-    total = torch.empty(splits, several, count, width, device=x.device)
-    mass = torch.empty(splits, several, count, device=x.device)
+    total = torch.empty(splits, several, groups, entries, width, device=x.device)
+    mass = torch.empty(splits, groups, entries, device=x.device)
     block = max(16, triton.next_power_of_2(width))
+    rows = max(4, min(rows, 8192 // block))
     _gather[count, splits](
-        x.contiguous(), weights.movedim(0, -1).contiguous(), order, bounds, total, mass, count,
-        D=width, BD=block, TWO=several == 2, SPLITS=splits, ROWS=max(4, min(rows, 8192 // block)), STAGES=stages, EAGER=eager, num_warps=warps,
+        x.contiguous(), weights.contiguous(), None if factor is None else factor.contiguous(), order, bounds, total, mass, count,
+        D=width, BD=block, SPLITS=splits, ROWS=rows, KEEP=max(min(rows, warps), min(rows, warps * 256 // block)), STAGES=stages, num_warps=warps,
     )  # fmt: skip
-    if splits > 1:
-        mass, total = mass.sum(0), total.sum(0)
-    return mass.view(several, groups, entries), total.view(several, groups, entries, width)
+    return (mass.sum(0), total.sum(0)) if splits > 1 else (mass[0], total[0])
+
+
+def _members(labels: Tensor, entries: int) -> tuple[Tensor, Tensor]:
+    # Rows of [G * N] in the order of a stable sort by entry, and where in it every entry of every group begins and the last one ends
+    count = len(labels) * entries
+    half = count // 2  # keys on both sides of zero: 2^16 of them fit int16, which sorts in half the time
+    kind = torch.int16 if count - half < 2**15 else torch.int32
+    key = labels + torch.arange(-half, count - half, entries, device=labels.device, dtype=torch.int32)[:, None]
+    ordered, order = torch.sort(key.to(kind).flatten(), stable=True)
+    steps = torch.arange(-half, count - half + 1, device=labels.device, dtype=kind)
+    return order, torch.searchsorted(ordered, steps, out_int32=len(ordered) < 2**31)

@@ -55,17 +55,17 @@ def test_lloyd_step_and_captured_energy():
     torch.testing.assert_close(lost + kept, (weights * x.square().sum(-1)).sum(1), rtol=1e-4, atol=0)
 
 
-def test_several_weightings_of_one_labelling():
-    x, weights = blobs(), torch.rand(3, 2, 600, generator=seeded(2))
+def test_two_weightings_of_one_labelling():
+    x, (weights, factor) = blobs(), torch.rand(2, 2, 600, generator=seeded(2))
     labels, _ = nearest(x, x[:, :7])
     labels[labels == 5] = 6  # an entry without members
-    mass, total = sums(x, weights, labels, 7)
+    mass, total = sums(x, weights, labels, 7, factor)
     member = torch.nn.functional.one_hot(labels, 7).float()
-    torch.testing.assert_close(mass, torch.einsum("sgn,gnk->sgk", weights, member))
-    torch.testing.assert_close(total, torch.einsum("sgn,gnk,gnd->sgkd", weights, member, x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(mass, torch.einsum("gn,gnk->gk", weights, member))
+    torch.testing.assert_close(total, torch.einsum("sgn,gnk,gnd->sgkd", torch.stack([weights, weights * factor]), member, x), rtol=1e-4, atol=1e-4)
     assert (total[:, :, 5] == 0).all()
-    for one, both in zip(sums(x, weights[1], labels, 7), (mass, total), strict=True):
-        assert torch.equal(one, both[1])
+    for weighting, both in zip((weights, weights * factor), total, strict=True):
+        assert torch.equal(sums(x, weighting, labels, 7)[1], both)
 
 
 def test_few_vectors_are_assigned_like_many():

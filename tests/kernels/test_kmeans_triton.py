@@ -48,21 +48,36 @@ def test_sums_of_members_equal_the_reference_and_repeat_exactly(shape, dtype):
     x, entries, weights = problem(*shape, dtype)
     labels = triton_kmeans.nearest(x, entries, entries.square().sum(-1) * -0.5)[0]
     labels[labels == 1] = 0  # an entry without members
-    ours = triton_kmeans.sums(x, weights, labels, shape[2])
-    theirs = kmeans.sums(x.float().cpu(), weights.cpu(), labels.cpu(), shape[2])
-    for a, b, again in zip(ours, theirs, triton_kmeans.sums(x, weights, labels, shape[2]), strict=True):
-        torch.testing.assert_close(a.cpu(), b, rtol=1e-5, atol=1e-5)
-        assert torch.equal(a, again)
+    weight, factor = weights
+    mass, (plain, second) = triton_kmeans.sums(x, weight, labels, shape[2], factor)
+    expected = kmeans.sums(x.float().cpu(), weight.cpu(), labels.cpu(), shape[2], factor.cpu())
+    torch.testing.assert_close(mass.cpu(), expected[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.stack([plain, second]).cpu(), expected[1], rtol=1e-5, atol=1e-5)
+    again = triton_kmeans.sums(x, weight, labels, shape[2], factor)
+    assert torch.equal(again[0], mass) and torch.equal(again[1][0], plain) and torch.equal(again[1][1], second)
+    alone = triton_kmeans.sums(x, weight, labels, shape[2])  # the same additions in the same order, one weighting less
+    assert torch.equal(alone[0], mass)
+    torch.testing.assert_close(alone[1][0], plain)
 
 
-@pytest.mark.parametrize("eager", [False, True])
-def test_populous_entries_are_split_and_joined(eager, monkeypatch):
+@pytest.mark.parametrize("entries", [1, 7, 21844, 21845])  # 65,532 keys fit in sixteen bits, 65,535 do not, for want of a last bound
+def test_members_are_sorted_by_entry_and_keep_their_order(entries):
+    labels = torch.randint(entries, (3, 500), generator=torch.Generator().manual_seed(0), dtype=torch.int32).to(DEVICE)
+    labels[:, :2] = torch.tensor([entries - 1, 0])
+    order, bounds = triton_kmeans._members(labels, entries)
+    key = (labels.long() + entries * torch.arange(3, device=DEVICE)[:, None]).flatten()
+    assert torch.equal(order, key.argsort(stable=True))
+    assert torch.equal(bounds.long(), torch.cat([torch.zeros(1, dtype=torch.int64, device=DEVICE), key.bincount(minlength=3 * entries).cumsum(0)]))
+
+
+@pytest.mark.parametrize("gather", [(16, 1, 1, 16), (8, 4, 2, 100)])
+def test_populous_entries_are_split_and_joined(gather, monkeypatch):
     x, _, weights = problem(1, 300, 2, 12)
     labels = torch.zeros(1, 300, dtype=torch.int32, device=DEVICE)
     labels[:, ::7] = 1
-    whole = triton_kmeans.sums(x, weights, labels, 2)
-    monkeypatch.setattr(triton_kmeans, "GATHER", {2: (16, 1, 1, eager, 16)})
-    for a, b in zip(triton_kmeans.sums(x, weights, labels, 2), whole, strict=True):
+    whole = triton_kmeans.sums(x, weights[0], labels, 2, weights[1])
+    monkeypatch.setattr(triton_kmeans, "GATHER", gather)
+    for a, b in zip(triton_kmeans.sums(x, weights[0], labels, 2, weights[1]), whole, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
