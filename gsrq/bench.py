@@ -11,7 +11,7 @@ import json
 import math
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,6 +29,7 @@ DEVICE = "cuda"
 HEADS, DIM = 8, 128  # one layer of Llama-3-8B
 LAYERS = 32
 STREAMS = 4
+REPORT = 4  # tensors between two reports of a calibration
 
 
 def clock(call, rep: int = 200):
@@ -95,29 +96,50 @@ def encoding(tokens: int = 65536, stages: int = 16) -> None:
 
 
 def calibration(n: int = 262144, rounds: int = 40, whole: bool = False) -> None:
-    """1-bit codebooks at the paper's protocol: 8 pieces x 16 stages x 256 entries per tensor, tolerance 0; STREAMS tensors at a time."""
+    """1-bit codebooks at the paper's protocol: 8 pieces x 16 stages x 256 entries per tensor, tolerance 0; STREAMS tensors at a time.
+
+    `whole`: all 64 tensors, with rows after every REPORT of them. When the time is over no tensor is begun, and the rows stand as they are.
+    """
     data = [vectors(HEADS, n, DIM) for _ in range(STREAMS)]
     grads = torch.rand(n, HEADS * DIM // 8, device=DEVICE) ** 8
 
     def fit(index: int, rounds: int = rounds) -> None:
-        with torch.cuda.stream(torch.cuda.Stream()):
-            codec = GSRQ(1.0, weights="log", cluster=lambda *a, **k: gskm(*a, rounds=rounds, **k))
-            codec.fit(SimpleNamespace(x=data[index % STREAMS], grads=grads, kind="key", layer=index, seed=0, pairs=None, inv_freq=None))
+        codec = GSRQ(1.0, weights="log", cluster=lambda *a, **k: gskm(*a, rounds=rounds, **k))
+        codec.fit(SimpleNamespace(x=data[index % STREAMS], grads=grads, kind="key", layer=index, seed=0, pairs=None, inv_freq=None))
+        if DEVICE == "cuda":
             torch.cuda.current_stream().synchronize()
 
     fit(0, rounds=2)  # compile
-    count = 2 * LAYERS if whole else STREAMS
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    start = time.perf_counter()
-    with ThreadPoolExecutor(STREAMS) as pool:
-        list(pool.map(fit, range(count)))
-    torch.cuda.synchronize()
-    seconds = (time.perf_counter() - start) / count
+    everything = 2 * LAYERS
+    count = everything if whole else STREAMS
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
     shape = f"n{n} pieces{HEADS} stages16 k256 d{DIM} rounds{rounds}"
-    BOX.note("calibration", f"triton, {STREAMS} streams, {count} tensors timed", shape, "time per tensor", "s", seconds)
-    BOX.note("calibration", f"triton, {STREAMS} streams, {count} tensors timed", shape, "time of 32 layers, K and V", "s", seconds * 2 * LAYERS)
-    BOX.note("calibration", f"triton, {STREAMS} streams, {count} tensors timed", shape, "peak memory", "GB", torch.cuda.max_memory_allocated() / 1e9)
+    start = time.perf_counter()
+    with ThreadPoolExecutor(STREAMS, initializer=apart) as pool:
+        try:
+            for done, fitted in enumerate(as_completed([pool.submit(fit, index) for index in range(count)]), 1):
+                fitted.result()
+                seconds = time.perf_counter() - start
+                provider = f"triton, {STREAMS} streams, {done} tensors timed"
+                if done % REPORT == 0 or done == count:
+                    BOX.note("calibration", provider, shape, "time so far" if done < everything else "time of 32 layers, K and V", "s", seconds)
+                if done % REPORT == 0 and done < everything:
+                    BOX.note("calibration", provider, shape, "extrapolation to 32 layers, K and V", "s", seconds / done * everything)
+                if time.monotonic() > BOX.end and done < count:
+                    print(f"no time left: {done} of {count} tensors timed", flush=True)
+                    break
+        finally:
+            pool.shutdown(cancel_futures=True)
+    if DEVICE == "cuda":
+        BOX.note("calibration", provider, shape, "peak memory", "GB", torch.cuda.max_memory_allocated() / 1e9)
+
+
+def apart() -> None:
+    """Give the calling thread a stream of its own, and with it the allocator's memory of every tensor that it fits."""
+    if DEVICE == "cuda":
+        torch.cuda.set_stream(torch.cuda.Stream())
 
 
 def search(tokens: int = 32768, stages: int = 16) -> None:

@@ -12,7 +12,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding_bag, linear, max_pool2d, pad
+from torch.nn.functional import embedding_bag, linear, max_pool2d
+
+from kernels.draws import by_mass, draw_ahead, drawn
 
 STARTS = ("random", "kmeans++", "spherical", "equal_norm")
 TINY = torch.finfo(torch.float32).tiny
@@ -21,6 +23,7 @@ SCORES = 2**19  # scores held at once on a CPU: 2 MiB, about a cache of two core
 LANES = 256  # vectors whose maxima are found side by side on a CPU
 FEW = 64  # below so many vectors one batched product beats one product per group
 SEEDING = 32  # k-means++ and the spherical warm-up look at no more than this many random vectors per entry
+AHEAD = torch.cuda.is_available()  # whether the next start is drawn during the rounds; without a GPU they leave no core idle
 
 Update = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -91,7 +94,7 @@ def start(x: Tensor, weights: Tensor, inverse: Tensor, entries: int, how: str, w
     """
     if how == "kmeans++":
         return _plusplus(x, weights, entries, generator)
-    order = torch.rand(x.shape[:2], generator=generator).to(x.device) + (inverse > 0)
+    order = drawn(x.shape[:2], generator).to(x.device) + (inverse > 0)
     sample = order.topk(min(x.shape[1], SEEDING * entries), -1).indices
     members = _take(x, sample[:, :entries])
     if how == "random":
@@ -146,6 +149,8 @@ def cluster(
     inverse = torch.where(norms > EPS * norms.amax(1, keepdim=True), 1 / norms, torch.zeros_like(norms))
     data, squares = (x, weights, inverse), norms.square()
     centres = _start(*data, count, start, warmup, generator)
+    if AHEAD and start != "kmeans++":
+        draw_ahead(x.shape[:2], generator, [(len(x), count)] * rounds if empty == "reseed" else [])
     labels, errors, facts = _assess(data, squares, centres)
     groups = len(x)
     best, lowest, units = centres.clone(), [float("inf")] * groups, unit.square().flatten().tolist()
@@ -229,8 +234,9 @@ def _compact(x: Tensor) -> tuple[Tensor, Tensor]:
     # float16 keeps the eleven bits of tf32 at half the bytes; a power of two per group keeps any range inside it, exactly.
     if x.dtype != torch.float32 or not x.is_cuda:
         return x, x.new_ones(len(x), 1, 1, dtype=torch.float32)
-    unit = torch.exp2(x.abs().amax((1, 2), keepdim=True).clamp_min(TINY).log2().ceil() - 12)
-    return (x / unit).half(), unit
+    low, high = x.flatten(1).aminmax(dim=1)
+    unit = torch.exp2(torch.maximum(-low, high).clamp_min(TINY).log2().ceil() - 12)[:, None, None]
+    return torch.div(x, unit, out=torch.empty_like(x, dtype=torch.float16)), unit
 
 
 def _bias(x: Tensor, entries: Tensor) -> Tensor:
@@ -257,22 +263,6 @@ def _take(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1])).float()
 
 
-def _draw(mass: Tensor, uniform: Tensor) -> Tensor:
-    # Inverse transform sampling in float64: a float32 running sum over 10^5 vectors would lose the small ones.
-    if mass.is_cuda:
-        steps = mass.double().cumsum(-1)
-        return torch.searchsorted(steps, uniform.double() * steps[:, -1:], right=True).clamp_max(mass.shape[1] - 1)
-    # A run of vectors first, then one of its members: a CPU takes the additions of a running sum over all one after the other.
-    runs = pad(mass, (0, -mass.shape[1] % LANES)).unflatten(1, (-1, LANES))
-    steps = runs.sum(-1, dtype=torch.float64).cumsum(-1)
-    target = uniform.double() * steps[:, -1:]
-    run = torch.searchsorted(steps, target, right=True).clamp_max(steps.shape[1] - 1)
-    before = torch.where(run > 0, steps.gather(1, (run - 1).clamp_min(0)), 0.0)
-    inside = runs.gather(1, run[..., None].expand(-1, -1, LANES)).double().cumsum(-1)
-    place = torch.searchsorted(inside, (target - before)[..., None], right=True)[..., 0].clamp_max(LANES - 1)
-    return (run * LANES + place).clamp_max(mass.shape[1] - 1)
-
-
 def _plusplus(x: Tensor, weights: Tensor, entries: int, generator: torch.Generator) -> Tensor:
     if x.shape[1] > SEEDING * entries:
         sample = torch.randperm(x.shape[1], generator=generator)[: SEEDING * entries].to(x.device)
@@ -284,14 +274,14 @@ def _plusplus(x: Tensor, weights: Tensor, entries: int, generator: torch.Generat
     distance, chosen = torch.full_like(squares, torch.inf), []
     for k in range(entries):
         odds = weights if k == 0 else weights * distance
-        chosen.append(_take(x, _draw(odds, uniform[k])))
+        chosen.append(_take(x, by_mass(odds, uniform[k])))
         new = torch.baddbmm(squares[:, None], chosen[-1], columns, alpha=-2)[:, 0] + chosen[-1].square().sum(-1)
         distance = torch.minimum(distance, new.clamp_min(0))
     return torch.cat(chosen, 1)
 
 
 def _reseed(x: Tensor, inverse: Tensor, errors: Tensor, centres: Tensor, mass: Tensor, holes: Tensor, draws: Tensor) -> Tensor:
-    chosen = _draw(errors, draws)
+    chosen = by_mass(errors, draws)
     gains = centres.norm(dim=-1).masked_fill(mass <= 0, torch.nan).nanmedian(1).values
     fresh = _take(x, chosen) * (_take(inverse[..., None], chosen) * gains[:, None, None])
     return torch.where(holes[..., None], fresh, centres)

@@ -1,8 +1,12 @@
-"""The attention benchmark on a CPU with Triton's interpreter: what it compares and times is what it says, and what differs gets no time."""
+"""The benchmarks on a CPU with Triton's interpreter: what it compares and times is what it says, and what differs gets no time."""
+
+import json
+import time
 
 import pytest
 import torch
 
+whole = pytest.importorskip("gsrq.bench", exc_type=ModuleNotFoundError)
 bench = pytest.importorskip("gsrq.bench_attention", exc_type=ModuleNotFoundError)
 
 
@@ -50,3 +54,21 @@ def test_rows_of_a_grid_and_of_steps(small, monkeypatch):
     coded = int((5e5 - tables) // (cache / 16))
     assert small.rows[4][2] == f"q4 kv2 d32 b{coded} t64" and small.rows[5][3:5] == ("throughput at equal memory", "tokens/s")
     assert small.rows[5][-1] == pytest.approx((1e3 * coded / 3e-3, 1e3 * coded / 4e-3, 1e3 * coded / 2e-3))
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_calibration_reports_as_it_goes_and_says_what_is_extrapolated(late, monkeypatch, tmp_path):
+    for name, value in {"DEVICE": "cpu", "HEADS": 1, "LAYERS": 3, "STREAMS": 1, "REPORT": 2, "BOX": whole.Box()}.items():
+        monkeypatch.setattr(whole, name, value)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "none")
+    whole.BOX.out, whole.BOX.end = tmp_path / "rows.json", time.monotonic() - 1 if late else float("inf")
+    whole.calibration(n=260, rounds=1, whole=True)
+    rows = json.loads(whole.BOX.out.read_text()) if whole.BOX.out.exists() else []
+    found = [(row["provider"].split(", ")[2], row["metric"], row["median"]) for row in rows]
+    if late:
+        assert found == []  # one tensor, and reports come every two
+        return
+    steps = [("2 tensors timed", "time so far"), ("2 tensors timed", "extrapolation to 32 layers, K and V")]
+    steps += [("4 tensors timed", "time so far"), ("4 tensors timed", "extrapolation to 32 layers, K and V"), ("6 tensors timed", "time of 32 layers, K and V")]
+    assert [row[:2] for row in found] == steps
+    assert found[1][2] == pytest.approx(3 * found[0][2]) and found[3][2] == pytest.approx(1.5 * found[2][2]) and found[0][2] < found[2][2] < found[4][2]
