@@ -23,6 +23,14 @@ def nibbles(base, half, full, turn, slot, n, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def high_nibbles(base, half, full, turn, slot, n, WIDTH: tl.constexpr):
+    """Bits 4 and 5 of the codes whose low four :func:`nibbles` gives."""
+    if WIDTH == 5:
+        return (tl.load(base + full + 4 * n) >> slot) & 0x11111111
+    return (tl.load(base + half + 4 * n) >> turn) & 0x33333333
+
+
+@triton.jit
 def _byte(low, high, code):
     return (tl.where(code >= 4, high, low) >> ((code & 3) * 8)) & 255
 
@@ -88,13 +96,73 @@ def levels(word, words, WIDTH: tl.constexpr, ASM: tl.constexpr):
     return half
 
 
+def _shuffles(width: int) -> str:
+    """Assembly: codes of two words in bytes, each byte a shuffle; with 6 bits the sixth picks one of the two levels that come back."""
+    lines = [".reg .b32 s, t, e, f, o, p, a, b;"]
+    for low, high, even, odd in (("$8", "$10", "e", "o"), ("$9", "$11", "f", "p")):
+        lines.append(f"shl.b32 s, {high}, 4; lop3.b32 {even}, {low}, s, 0x0F0F0F0F, 0xE4; shr.u32 s, {low}, 4; lop3.b32 {odd}, s, {high}, 0x0F0F0F0F, 0xE4;")
+    for j in range(8):
+        words, byte = ("op" if j % 2 else "ef"), j // 2
+        lines += [f"shr.u32 s, {word}, {8 * byte}; shfl.sync.idx.b32 {to}, $12, s, 31, -1;" for word, to in zip(words, "ab")]
+        pick = "mov.b32 s, 0x5410;"
+        if width == 6:
+            pick = f"prmt.b32 s, {words[0]}, {words[1]}, {0x40 + 0x11 * byte}; and.b32 s, s, 0x2020; shr.u32 t, s, 4; lop3.b32 s, s, t, 0x5410, 0xFE;"
+        lines.append(f"{pick} prmt.b32 ${j}, a, b, s;")
+    return "{ " + "\n".join(lines) + " }"
+
+
+FIVE, SIX = tl.constexpr(_shuffles(5)), tl.constexpr(_shuffles(6))
+
+
 @triton.jit
-def table(at):
+def wide_levels(low, high, held, books, WIDTH: tl.constexpr, ASM: tl.constexpr):
+    """The eight float16 levels of codes of 5 or 6 bits: the low four in the nibbles of `low`, the rest in those of `high`. held: see :func:`lanes`."""
+    if not ASM:
+        y = ()
+        for j in tl.static_range(8):
+            y = y + (tl.load(books + (((low >> (4 * j)) & 15) | (((high >> (4 * j)) & 15) << 4))),)
+        return y
+    held = tl.broadcast_to(held, low.shape)
+    y = tl.inline_asm_elementwise(
+        FIVE if WIDTH == 5 else SIX, "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r,r,r,r", [low, high, held],
+        dtype=(tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16), is_pure=True, pack=2,
+    )  # fmt: skip
+    half = ()
+    for j in tl.static_range(8):
+        half = half + (y[j].to(tl.float16, bitcast=True),)
+    return half
+
+
+@triton.jit
+def lane(ASM: tl.constexpr):
+    """A thread's number in its warp, int32 [1, 1]; 0 without assembly. Triton takes an element of [1, 1] to be the same in all threads; nothing makes it so."""
+    at = tl.zeros([1, 1], tl.int32)
+    if ASM:
+        at = tl.inline_asm_elementwise("mov.u32 $0, %laneid;", "=r,r", [at], dtype=tl.int32, is_pure=True, pack=1)
+    return at
+
+
+@triton.jit
+def lanes(books, WIDTH: tl.constexpr, ASM: tl.constexpr):
+    """A table of 32 or 64 levels spread over a warp, int32 [1, 1]: every lane holds its own level, and with 6 bits the one 32 behind it as high half.
+
+    A shuffle then reads any of them without memory.
+    """
+    at = lane(ASM)
+    held = tl.load(books + at).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+    if WIDTH == 6:
+        held += tl.load(books + 32 + at).to(tl.int16, bitcast=True).to(tl.int32) << 16
+    return held
+
+
+@triton.jit
+def table(at, zero):
     """The eight table words at `at` as [1, 1] tensors: high bytes of levels 0..3, 4..7, 8..11, 12..15, then low bytes.
 
     Loaded and broadcast, not splatted: Triton moves the operand layout of a dot up to the packed words only past loads.
+    zero: int32 [1, 1], 0 in a way that the compiler cannot know. Else it holds the words in uniform registers and copies them before every use.
     """
     words = ()
     for i in tl.static_range(8):
-        words = words + (tl.load(at + i + tl.zeros([1, 1], tl.int32)),)
+        words = words + (tl.load(at + i + zero),)
     return words

@@ -142,12 +142,10 @@ class _Tables:
             at = 0
             for number, (row, seg) in enumerate(segs):
                 end = at + -(-seg.size // TILE)
-                groups[head, number, :7] = torch.tensor([at, end, row, seg.width, layout.bases[row], seg.size, seg.book])
+                groups[head, number, :8] = torch.tensor([at, end, row, seg.width, layout.bases[row], seg.size, seg.book, len(segs)])
                 groups[head, number, 8:] = level_bytes(books[seg.book :][: 2 ** min(seg.width, 4)])
                 self.matrix[head, at * TILE : at * TILE + seg.size] = rotation[head, seg.start : seg.start + seg.size]
                 at = end
-            groups[head, len(segs) :, 2] = segs[0][0]  # a group without tiles adds zero times any gain
-            groups[head, len(segs) :, 3] = 3
         self.width = key.segments[0].width if _whole(key) and key.segments[0].width <= 4 else 0  # 0: read widths from `groups`
         self.align = 2 if all(s.size % 2 == 0 for s in key.segments) else 1  # RoPE blocks are pairs of channels
         mean = torch.zeros(key.heads, key.dim) if key.mean is None else key.mean

@@ -3,13 +3,14 @@
 A program is one warp with ROWS rows of 8 tokens: row r of a word tile is tokens 8 r + j for j = 0..7 (`kernels.pages`). Keys are the left
 operand of the scores S_j = K_j q^T [ROWS, G], q rotated once before; values are the left operand of O^T += V_j^T P_j, in rotated space.
 Eight of everything (one per j) is a tuple. `groups` [H, GROUPS, 16] int32, one per segment: first tile of 16 channels, last + 1, row of
-sides, width, first word, channels, first level, unused, 8 words of level bytes. A tile that ends inside another segment meets zeros in q.
+sides, width, first word, channels, first level, segments of the head, 8 words of level bytes. A tile that ends inside another segment meets zeros in q.
 """
 
 import triton
 import triton.language as tl
 
-from kernels.nibbles_triton import levels, nibbles, table
+from kernels.nibbles_triton import high_nibbles, lane, lanes, levels, nibbles, table, wide_levels
+from kernels.sides_triton import inverse, packed, sides, unpacked
 
 
 @triton.jit
@@ -22,8 +23,12 @@ def _dots(y, q, s):
 
 @triton.jit
 def _narrow(base, first, n, words, half, full, turn, slot, q, s, scale, least, WIDTH: tl.constexpr, ASM: tl.constexpr, CHANNELS: tl.constexpr):
-    word = nibbles(base + first, half * n + full, full, turn, slot, n, WIDTH)
-    y = levels(word, words, WIDTH, ASM)
+    word = nibbles(base + first, half * n + full, full, turn, slot, n, min(WIDTH, 4))
+    if WIDTH > 4:
+        high = high_nibbles(base + first, half * n + full, full, turn, slot, n, WIDTH)
+        y = wide_levels(word, high, words[0], words[1], WIDTH, ASM)
+    else:
+        y = levels(word, words, WIDTH, ASM)
     if CHANNELS:
         factor, offset, x = tl.load(scale + first), tl.load(least + first), ()
         for j in tl.static_range(8):
@@ -50,17 +55,6 @@ def _gathered(base, half, full, turn, slot, n, books, width):
 
 
 @triton.jit
-def side(at, mask, LOG8: tl.constexpr, BARE: tl.constexpr = False):
-    """Gains or offsets in float32, 0 where masked: a page begun holds anything behind its last token. BARE: gains are 1 and not held."""
-    if BARE:
-        return tl.where(mask, 1.0, 0.0)
-    stored = tl.load(at, mask=mask, other=0)
-    if LOG8:
-        return tl.where(stored == 0, 0.0, tl.exp2((stored.to(tl.float32) - 128.0) * 0.125))
-    return stored.to(tl.float32)
-
-
-@triton.jit
 def _segment(
     base, begin, end, first, n, words, half, full, turn, slot, q_at, s, scale, least,
     WIDTH: tl.constexpr, G: tl.constexpr, AHEAD: tl.constexpr, ASM: tl.constexpr, CHANNELS: tl.constexpr,
@@ -73,19 +67,18 @@ def _segment(
 
 @triton.jit
 def _scores(
-    base, at, half, full, turn, slot, query, books, scale, least,
+    base, at, half, full, turn, slot, query, books, zero, s, scale, least,
     WIDTH: tl.constexpr, TILES: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, ALIGN: tl.constexpr, AHEAD: tl.constexpr, ASM: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Scores of the segment at `at`, without its gain: WIDTH > 0 is the one segment of every head, 0 reads the width from the table."""
-    zero = tl.zeros([ROWS, G], tl.float32)
-    s = (zero, zero, zero, zero, zero, zero, zero, zero)
+    """s + scores of the segment at `at`, without its gain: WIDTH > 0 is the one segment of every head, 0 reads the width from the table."""
     q_at = query + tl.arange(0, 16)[:, None] * G + tl.arange(0, G)[None, :]
-    words = table(at + 8)
+    words = table(at + 8, zero)
     if WIDTH > 0:
         return _segment(base, 0, TILES, 0, TILES * 16, words, half, full, turn, slot, q_at, s, scale, least, WIDTH, G, AHEAD, ASM, CHANNELS)
     begin, end, width = tl.load(at), tl.load(at + 1), tl.load(at + 3)
     first, n = tl.multiple_of(tl.load(at + 4), ALIGN), tl.multiple_of(tl.load(at + 5), ALIGN)
+    book = books + tl.load(at + 6)
     if width == 3:
         s = _segment(base, begin, end, first, n, words, half, full, turn, slot, q_at, s, scale, least, 3, G, AHEAD, ASM, False)
     elif width == 2:
@@ -94,9 +87,13 @@ def _scores(
         s = _segment(base, begin, end, first, n, words, half, full, turn, slot, q_at, s, scale, least, 4, G, AHEAD, ASM, False)
     elif width == 1:
         s = _segment(base, begin, end, first, n, words, half, full, turn, slot, q_at, s, scale, least, 1, G, AHEAD, ASM, False)
+    elif width == 5:
+        s = _segment(base, begin, end, first, n, (lanes(book, 5, ASM), book), half, full, turn, slot, q_at, s, scale, least, 5, G, AHEAD, ASM, False)
+    elif width == 6:
+        s = _segment(base, begin, end, first, n, (lanes(book, 6, ASM), book), half, full, turn, slot, q_at, s, scale, least, 6, G, AHEAD, ASM, False)
     else:
         for t in range(begin, end):
-            y = _gathered(base + first + (t - begin) * 16, half, full, turn, slot, n, books + tl.load(at + 6), width)
+            y = _gathered(base + first + (t - begin) * 16, half, full, turn, slot, n, book, width)
             s = _dots(y, tl.load(q_at + t * 16 * G), s)
     return s
 
@@ -129,7 +126,9 @@ def decode_split(
     key_sides += batch * kb_side
     value_sides += batch * vb_side
     groups += head * GROUPS * 16
-    value_levels = table(value_table)
+    SIDE: tl.constexpr = key_sides.dtype.element_ty.primitive_bitwidth
+    zero = tl.load(shifts + lane(ASM)) >> 4
+    value_levels = table(value_table, zero)
     within = row % 4
     half, turn, slot = within // 2, tl.load(shifts + row), tl.load(shifts + ROWS + row)
     bias, query_sum = tl.load(aux), tl.load(aux + G)
@@ -145,25 +144,30 @@ def decode_split(
         key_side = key_sides + page * key_rows * 32 + within * 8
         value_side = value_sides + (page * value_rows + head * PARTS) * 32 + within * 8
         scale = key_sides + (page * key_rows * 32 + head * DIM)[:, None] + col[None, :]
-        t = ()
-        for j in tl.static_range(8):
-            t = t + (tl.zeros([ROWS, G], tl.float32) + bias[None, :],)
-        for g in range(GROUPS):
-            at = tl.load(groups + g * 16 + 2)
+        none = tl.zeros([ROWS, G], tl.float32)
+        s = (none, none, none, none, none, none, none, none)
+        gains = packed(key_side + tl.load(groups + 2) * 32, KEY_BARE)
+        for g in range(1 if KEY_WIDTH > 0 else tl.load(groups + 7)):
+            if KEY_WIDTH == 0:
+                following = packed(key_side + tl.load(groups + tl.minimum(g + 1, tl.load(groups + 7) - 1) * 16 + 2) * 32, KEY_BARE)
             s = _scores(
-                key_words, groups + g * 16, half[:, None], key_full, turn[:, None], slot[:, None], query, books, scale, scale + HEADS * DIM,
+                key_words, groups + g * 16, half[:, None], key_full, turn[:, None], slot[:, None], query, books, zero, s, scale, scale + HEADS * DIM,
                 KEY_WIDTH, TILES, G, ROWS, ALIGN, AHEAD, ASM, CHANNELS,
             )  # fmt: skip
-            n = ()
-            for j in tl.static_range(8):
-                n = n + (t[j] + s[j] * side(key_side + at * 32 + j, token + j < high, KEY_LOG8, KEY_BARE)[:, None],)
-            t = n
+            if KEY_WIDTH == 0:  # the sum so far in units of the next gain: one set of sums in registers, not two
+                n, gain, divisor = (), unpacked(gains, token, SIDE, KEY_LOG8, KEY_BARE), unpacked(following, token, SIDE, KEY_LOG8, KEY_BARE)
+                for j in tl.static_range(8):
+                    n = n + (s[j] * ((gain[j] + 1e-15) * inverse(divisor[j], ASM))[:, None],)
+                s, gains = n, following
+        t, gain = s, unpacked(gains, token, SIDE, KEY_LOG8, KEY_BARE)
+        if KEY_OFFSET:
+            offset = sides(key_side + (key_offset_row + head) * 32, False)
         s = ()
         most = tl.full([ROWS, G], float("-inf"), tl.float32)
         for j in tl.static_range(8):
-            x = t[j]
+            x = t[j] * gain[j][:, None] + bias[None, :]
             if KEY_OFFSET:
-                x += side(key_side + (key_offset_row + head) * 32 + j, token + j < high, False)[:, None] * query_sum[None, :]
+                x += offset[j][:, None] * query_sum[None, :]
             x = tl.where(((token + j < high) & (token + j >= visible))[:, None], x, float("-inf"))
             s = s + (x,)
             most = tl.maximum(most, x)
@@ -177,11 +181,14 @@ def decode_split(
         mass, top = mass * decay + tl.sum(sum, 0), peak
         full = (page * VALUE_PAGE)[None, :] + chan[:, None]
         for part in tl.static_range(PARTS):  # of the channels, each with gains of its own
+            gain = sides(value_side + part * 32, VALUE_LOG8, VALUE_BARE)
+            if VALUE_OFFSET:
+                offset = sides(value_side + (value_offset_row + part) * 32, False)
             p, sum = (), tl.zeros([ROWS, G], tl.float32)
-            for j in tl.static_range(8):
+            for j in tl.static_range(8):  # a page begun holds anything behind its last token
                 if VALUE_OFFSET:
-                    sum += w[j] * side(value_side + (value_offset_row + part) * 32 + j, token + j < high, False)[:, None]
-                p = p + ((w[j] * side(value_side + part * 32 + j, token + j < high, VALUE_LOG8, VALUE_BARE)[:, None]).to(query.dtype.element_ty),)
+                    sum += w[j] * tl.where(token + j < high, offset[j], 0.0)[:, None]
+                p = p + ((w[j] * tl.where(token + j < high, gain[j], 0.0)[:, None]).to(query.dtype.element_ty),)
             shift = tl.sum(sum, 0)[None, :]
             base = value_words + part * (DIM // PARTS) * (VALUE_WIDTH - 1)
             # A loop, its sums kept in `out`: unrolled, the code outgrows the instruction cache. A thread reads back what it wrote.
