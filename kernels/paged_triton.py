@@ -154,7 +154,7 @@ def decode_split(
                 key_words, groups + g * 16, half[:, None], key_full, turn[:, None], slot[:, None], query, books, zero, s, scale, scale + HEADS * DIM,
                 KEY_WIDTH, TILES, G, ROWS, ALIGN, AHEAD, ASM, CHANNELS,
             )  # fmt: skip
-            if KEY_WIDTH == 0:  # the sum so far in units of the next gain: one set of sums in registers, not two
+            if KEY_WIDTH == 0:  # the sum so far in units of the next gain (never 0): one set of sums in registers, not two
                 n, gain, divisor = (), unpacked(gains, token, SIDE, KEY_LOG8, KEY_BARE), unpacked(following, token, SIDE, KEY_LOG8, KEY_BARE)
                 for j in tl.static_range(8):
                     n = n + (s[j] * ((gain[j] + 1e-15) * inverse(divisor[j], ASM))[:, None],)
@@ -165,7 +165,7 @@ def decode_split(
         s = ()
         most = tl.full([ROWS, G], float("-inf"), tl.float32)
         for j in tl.static_range(8):
-            x = t[j] * gain[j][:, None] + bias[None, :]
+            x = t[j] * (gain[j] + 1e-15)[:, None] + bias[None, :]
             if KEY_OFFSET:
                 x += offset[j][:, None] * query_sum[None, :]
             x = tl.where(((token + j < high) & (token + j >= visible))[:, None], x, float("-inf"))
