@@ -17,6 +17,10 @@ def gain_shape(x: Tensor, weights: Tensor, inverse: Tensor, labels: Tensor, entr
 
     An entry whose mean direction vanishes keeps its direction; an entry without members stays as it is.
     """
+    if x.is_cuda:
+        from gsrq import gskm_triton
+
+        return gskm_triton.gain_shape(x, weights, inverse, labels, entries)
     mass, (total, units) = sums(x, weights, labels, entries.shape[1], inverse)
     tiny = torch.finfo(mass.dtype).tiny
     # A unit-vector sum is compared with its largest possible length, the mass of the members that have a direction.

@@ -142,6 +142,12 @@ def sums(x: Tensor, weights: Tensor, labels: Tensor, entries: int, factor: Tenso
 
     x [G, N, D] float16, bfloat16 or float32; weights and factor [G, N] float32; labels [G, N] integers in [0, entries).
     """
+    mass, total = shares(x, weights, labels, entries, factor)
+    return (mass.sum(0), total.sum(0)) if len(mass) > 1 else (mass[0], total[0])
+
+
+def shares(x: Tensor, weights: Tensor, labels: Tensor, entries: int, factor: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """As :func:`sums`, before its parts are added up: each entry's members in P equal shares, [P, G, K] and [P, S, G, K, D]."""
     groups, n, width = x.shape
     several, count = 1 if factor is None else 2, groups * entries
     order, bounds = _members(labels, entries)
@@ -155,7 +161,7 @@ def sums(x: Tensor, weights: Tensor, labels: Tensor, entries: int, factor: Tenso
         x.contiguous(), weights.contiguous(), None if factor is None else factor.contiguous(), order, bounds, total, mass, count,
         D=width, BD=block, SPLITS=splits, ROWS=rows, KEEP=max(min(rows, warps), min(rows, warps * 256 // block)), STAGES=stages, num_warps=warps,
     )  # fmt: skip
-    return (mass.sum(0), total.sum(0)) if splits > 1 else (mass[0], total[0])
+    return mass, total
 
 
 def _members(labels: Tensor, entries: int) -> tuple[Tensor, Tensor]:
