@@ -5,8 +5,6 @@ float16 token is taken exactly, the rotation to 22 bits). Codes are equal except
 threshold, relative to the vector's norm; a gain may differ by its last bit, and one beyond float16, which the codec refuses, is infinite.
 """
 
-import itertools
-
 import torch
 from torch import Tensor
 
@@ -15,6 +13,9 @@ from kernels.pages import PAGE, Pages, Spec
 from kernels.scalar import nearest
 
 TILE = 16
+PARTS = {torch.float16: 2, torch.bfloat16: 3, torch.float32: 1}
+"""Matrices of a type that add up to a float32 rotation, each SCALES times smaller than the one before."""
+SCALES = {torch.float16: 2.0**-12, torch.bfloat16: 2.0**-8, torch.float32: 1.0}
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
@@ -111,19 +112,22 @@ class Encoder:
             return
         from kernels import encode_triton as twin
 
-        if self._tables is None or self._tables.groups.device != x.device:
-            self._tables = _Tables(self.specs, [p.layout for p in held], x.device)
+        if self._tables is None or self._tables.matrix.device != x.device or self._tables.matrix.dtype != x.dtype:
+            self._tables = _Tables(self.specs, [p.layout for p in held], x.device, x.dtype)
         table = self._tables
         xs = [part if part.stride(-1) == 1 else part.contiguous() for part in xs]
         (k, v), (kx, vx) = (held * 2)[:2], (xs * 2)[:2]
         ks, vs = (self.specs * 2)[:2]
         pages = -(-tokens // PAGE) + (tokens % PAGE != 1)  # tokens that begin inside a page end one page later
-        twin.encode_pages[(pages, spec.heads * len(xs), batch)](
-            kx, vx, k.words, k.sides, v.words, v.sides, table.matrix, table.low, table.shift, table.member, table.mean, table.tiles, table.groups, table.levels,
+        heads, groups = spec.heads * len(xs), table.groups.shape[1]
+        kernel, grid, warps = (twin.encode_token, (heads, batch), 8) if tokens == 1 else (twin.encode_pages, (pages, heads, batch), 4 if x.dtype == torch.float32 else 1)
+        kernel[grid](
+            kx, vx, k.words, k.sides, v.words, v.sides, table.matrix, table.shift, table.mean, table.tiles, table.groups, table.places, table.heap,
             starts, counts, counts if k.table is None else k.table, *kx.stride()[:3], *vx.stride()[:3], *k.strides()[:2], k.strides()[3], k.sides.shape[-2],
-            *v.strides()[:2], v.strides()[3], v.sides.shape[-2], 0 if k.table is None else k.table.stride(0),
-            spec.heads, table.tiles.shape[1], table.groups.shape[1], dim, k.strides()[2], v.strides()[2], ks.log8, vs.log8,
-            ks.gain == "least_squares", vs.gain == "least_squares", x.dtype == torch.float16, "tf32x3" if x.dtype == torch.bfloat16 else "ieee", k.table is not None,
+            *v.strides()[:2], v.strides()[3], v.sides.shape[-2], 0 if k.table is None else k.table.stride(0), table.matrix.stride(0),
+            spec.heads, table.tiles.shape[1], groups, dim, k.strides()[2], v.strides()[2], ks.log8, vs.log8,
+            ks.gain == "least_squares", vs.gain == "least_squares",
+            table.matrix.shape[0], SCALES[x.dtype], table.widest, k.table is not None, 1 << (groups - 1).bit_length(), backend.ASM, num_warps=warps, num_stages=1,
         )  # fmt: skip
 
 
@@ -135,36 +139,49 @@ def _sound(pages: Pages, x: Tensor) -> Tensor:
 
 
 class _Tables:
-    """Tiles of 16 stored positions of all heads, the streams' heads one after the other."""
+    """What the kernels read, as `kernels.encode_triton` describes it: the streams' heads one after the other."""
 
-    def __init__(self, specs: tuple[Spec, ...], layouts: list, device: torch.device):
-        dim, start_of = specs[0].dim, [0, *itertools.accumulate(len(s.levels) for s in specs)]
-        tiles, groups, rows, owner = [], [], [], []  # of every head; rows: the position at each place of the tiles, dim for none; owner: the group of each position
-        for spec, layout, first, head in [(s, layout, at, h) for s, layout, at in zip(specs, layouts, start_of) for h in range(s.heads)]:
-            for found, begun in ((tiles, []), (groups, []), (rows, []), (owner, [0] * dim)):
-                found.append(begun)
-            for row, seg in enumerate(spec.segments):
-                if seg.head != head:
-                    continue
-                begin = len(tiles[-1])
-                for at in range(0, seg.size, TILE):
-                    here = min(TILE, seg.size - at)
-                    tiles[-1].append([seg.width, layout.bases[row] + at, seg.size, seg.book + first, here] + [0] * 11)
-                    rows[-1] += [*range(seg.start + at, seg.start + at + here)] + [dim] * (TILE - here)
-                owner[-1][seg.start : seg.start + seg.size] = [len(groups[-1])] * seg.size
-                groups[-1].append([begin, len(tiles[-1]), row, seg.size])
-        most, parts = max(map(len, tiles)), max(map(len, groups))
-        filled = lambda lists, count, nothing: [x + [nothing] * (count - len(x)) for x in lists]  # noqa: E731
-        self.tiles = torch.tensor(filled(tiles, most, [0] * 16), dtype=torch.int32, device=device)
-        self.groups = torch.tensor(filled(groups, parts, [0] * 4), dtype=torch.int32, device=device)
-        place = torch.tensor(filled(rows, most * TILE, dim), device=device)
+    def __init__(self, specs: tuple[Spec, ...], layouts: list, device: torch.device, dtype: torch.dtype):
+        dim = specs[0].dim
+        tiles, groups, places, heap, found = [], [], [], [], {}
+        for stream, (spec, layout) in enumerate(zip(specs, layouts)):
+            for head in range(spec.heads):
+                tiles.append([])
+                groups.append([])
+                places.append([[0] * 8] * dim)
+                for row, seg in enumerate(spec.segments):
+                    if seg.head != head:
+                        continue
+                    book = found.setdefault((stream, seg.book, seg.width), len(heap))
+                    if book == len(heap):
+                        heap += _heap(spec.levels[seg.book : seg.book + 2**seg.width].tolist())
+                    begin = len(tiles[-1])
+                    for at in range(0, seg.size, TILE):
+                        tiles[-1].append([seg.width, layout.bases[row] + at, seg.size, book, min(TILE, seg.size - at), seg.start + at, 0, 0])
+                    for at in range(seg.size):
+                        places[-1][seg.start + at] = [seg.width, book, layout.bases[row] + at, seg.size, len(groups[-1]), 0, 0, 0]
+                    groups[-1].append([begin, len(tiles[-1]), row, seg.size])
+        self.widest = max(seg.width for spec in specs for seg in spec.segments)
+        integers = lambda lists: torch.tensor([x + [[0] * len(x[0])] * (max(map(len, lists)) - len(x)) for x in lists], dtype=torch.int32, device=device)  # noqa: E731
+        self.tiles, self.groups, self.places = integers(tiles), integers(groups), integers(places)
+        self.heap = torch.tensor(heap + [0.0] * TILE, device=device)  # the kernel reads seven nodes of every heap
         eye = torch.eye(dim, device=device)[None]
         rotation = torch.cat([(eye if s.rotation is None else s.rotation.to(device)).expand(s.heads, -1, -1) for s in specs]).double()
-        matrix = torch.nn.functional.pad(rotation, (0, 0, 0, 1)).gather(1, place[:, :, None].expand(-1, -1, dim))
-        parts_of = torch.nn.functional.one_hot(torch.tensor(owner, device=device), parts).double().mT
-        self.member = (parts_of @ (rotation != 0).double()).clamp_max(1).float()  # a rotation mixes the channels of its segment only
+        rotation = torch.nn.functional.pad(rotation, (0, 0, 0, TILE))  # the last tile may be narrower than it is read
         self.mean = torch.cat([torch.zeros(s.heads, dim, device=device) if s.mean is None else s.mean.to(device) for s in specs])
-        self.shift = (matrix @ self.mean.double().unsqueeze(-1)).squeeze(-1).float()
-        self.matrix = matrix.float()
-        self.low = ((matrix - matrix.half().double()) * 4096).half()
-        self.levels = torch.cat([s.levels.float() for s in specs]).to(device)
+        self.shift = (rotation @ self.mean.double().unsqueeze(-1)).squeeze(-1).float()
+        parts, rest = [], rotation
+        for _ in range(PARTS[dtype]):
+            parts.append(rest.to(dtype))
+            rest = (rest - parts[-1].double()) / SCALES[dtype]
+        self.matrix = torch.stack(parts)
+
+
+def _heap(levels: list[float]) -> list[float]:
+    """Thresholds in the order of bisection from index 1 on, then the levels: the leaf of code c at len(levels) + c."""
+    count, nodes = len(levels), [0.0]
+    span = count
+    while span > 1:  # a row of the tree: nodes that part `span` codes each
+        nodes += [(levels[at - 1] + levels[at]) / 2 for at in range(span // 2, count, span)]
+        span //= 2
+    return nodes + levels
