@@ -22,7 +22,7 @@ from triton.testing import do_bench
 from gsrq import bench_attention
 from gsrq.gskm import gain_shape, gskm
 from gsrq.quantizer import GSRQ
-from kernels import kmeans, rvq
+from kernels import kmeans, kmeans_triton, rvq
 from kernels.kmeans import mean, nearest
 
 DEVICE = "cuda"
@@ -72,12 +72,30 @@ def clustering(groups: int = 32, n: int = 131072) -> None:
         BOX.note("kmeans_iteration", "cublas + argmax + index_add", shape, "time", "ms", clock(separate))
         from torch.testing import assert_close
 
-        found, mass = mean(x[:2], ones[:2], inverse[:2], labels[:2], centres[:2])
         exact = nearest(x[:2].float().cpu(), centres[:2].half().float().cpu())
         agreement = (labels[:2].cpu() == exact[0]).float().mean().item()
-        expected = mean(x[:2].float().cpu(), ones[:2].cpu(), inverse[:2].cpu(), labels[:2].long().cpu(), centres[:2].cpu())[0]
-        assert_close(found.cpu(), expected, rtol=1e-3, atol=1e-3)
+        for update in (mean, gain_shape):
+            few = (x[:2], weights[:2], inverse[:2], labels[:2], centres[:2])
+            expected = update(*(part.cpu().long() if part is few[3] else part.cpu().float() for part in few))
+            for ours, theirs in zip(update(*few), expected, strict=True):
+                assert_close(ours.cpu(), theirs, rtol=1e-3, atol=1e-3)
         BOX.note("kmeans_assign", "triton", shape, "labels equal to float32", "fraction", agreement)
+
+
+def gathers(groups: int = 32, n: int = 131072, count: int = 256) -> None:
+    """Sums of members with other tiles than the default's: members gathered at once, warps, stages, members of a program."""
+    x, weights = vectors(groups, n, DIM).half(), torch.rand(2, groups, n, device=DEVICE)
+    labels = nearest(x, x[:, :count].float())[0]
+    usual = kmeans_triton.GATHER
+    try:
+        for kmeans_triton.GATHER in (usual, (64, 2, 4, 256), (32, 1, 3, 256), (32, 1, 4, 256), (64, 2, 3, 512)):
+            rows, warps, stages, share = kmeans_triton.GATHER
+            for several in (1, 2):
+                provider = f"triton, {several} weighting{'s' * (several - 1)}, {rows} rows, {warps} warps, {stages} stages, shares of {share}"
+                call = clock(lambda several=several: kmeans.sums(x, weights[0], labels, count, *weights[1:several]))
+                BOX.note("kmeans_sums", provider, f"b{groups} n{n} k{count} d{DIM}", "time", "ms", call)
+    finally:
+        kmeans_triton.GATHER = usual
 
 
 def encoding(tokens: int = 65536, stages: int = 16) -> None:
@@ -202,6 +220,7 @@ def main() -> None:
         "search": search,
         "batches": lambda: bench_attention.batches(BOX),
         "clustering": clustering,
+        "gathers": gathers,
         "encoding": encoding,
         "calibration": calibration,
         "whole": lambda: calibration(whole=True),
