@@ -1,7 +1,7 @@
 """GSRQ: gain-shape residual quantization of the KV cache (Kim, Park, Chung, Chung; arXiv 2607.01065, ICML 2026).
 
 Paper                                   here
-Algorithm 1, GSKM                       gsrq.gskm.gain_shape (one update), gsrq.gskm.gskm (the whole clustering)
+Algorithm 1, GSKM                       gsrq.gskm.gain_shape (one update; on a GPU gsrq.gskm_triton), gsrq.gskm.gskm (all)
 assignment argmax_k 2 g x.s - g^2       kernels.kmeans.nearest (the score is half of it: x.c - ||c||^2 / 2 with c = g s)
 K-means, the ablation's other arm       kernels.kmeans.kmeans: conf/quant/km.yaml is GSRQ with this argument
 w = log(1 + lambda ||grad||)            gsrq.weights.log_weights
