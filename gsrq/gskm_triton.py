@@ -36,9 +36,10 @@ def _update(
 def gain_shape(x: Tensor, weights: Tensor, inverse: Tensor, labels: Tensor, entries: Tensor) -> tuple[Tensor, Tensor]:
     """As :func:`gsrq.gskm.gain_shape`: new entries [G, K, D] and their mass [G, K], float32."""
     mass, total = kmeans_triton.shares(x, weights, labels, entries.shape[1], inverse)
+    entries = entries.contiguous()
     out, heavy, width = torch.empty_like(entries), torch.empty_like(mass[0]), entries.shape[2]
     _update[heavy.numel(),](
-        total, mass, entries.contiguous(), out, heavy, heavy.numel(),
+        total, mass, entries, out, heavy, heavy.numel(),
         D=width, BD=max(16, triton.next_power_of_2(width)), PARTS=len(mass), EPS=EPS, TINY=TINY, num_warps=1,
     )  # fmt: skip
     return out, heavy

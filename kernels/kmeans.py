@@ -249,7 +249,7 @@ def _assess(data: tuple[Tensor, ...], squares: Tensor, centres: Tensor, before: 
     if x.is_cuda:
         from kernels import kmeans_triton
 
-        labels, errors, facts = kmeans_triton.assess(x, centres, _bias(x, centres), weights, squares, before)
+        labels, errors, facts = kmeans_triton.assess(x, centres, weights, squares, before)
     else:
         labels, scores = nearest(x, centres)
         errors = weights * (squares - 2 * scores).clamp_min(0)

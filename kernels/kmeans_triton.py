@@ -68,6 +68,16 @@ def _assign(
 
 
 @triton.jit
+def _round(entries, out, bias, D: tl.constexpr, BD: tl.constexpr):
+    # An entry as the products take it, and -1/2 of its squared norm then
+    entry, d = tl.program_id(0).to(tl.int64), tl.arange(0, BD)
+    row = tl.load(entries + entry * D + d, mask=d < D, other=0.0).to(out.dtype.element_ty)
+    tl.store(out + entry * D + d, row, mask=d < D)
+    row = row.to(tl.float32)
+    tl.store(bias + entry, tl.sum(row * row, 0) * -0.5)
+
+
+@triton.jit
 def _gather(
     x, pull, factor, order, bounds, total, mass, entries,
     D: tl.constexpr, BD: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr, KEEP: tl.constexpr, STAGES: tl.constexpr,
@@ -110,9 +120,12 @@ def nearest(x: Tensor, entries: Tensor, bias: Tensor, tile: tuple[int, int, int,
     return labels, scores
 
 
-def assess(x: Tensor, entries: Tensor, bias: Tensor, weights: Tensor, squares: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Labels as `nearest`, errors weight * (squared norm - 2 score) [G, N], and [G, 2]: summed errors, labels unlike `before` (None: all)."""
-    labels, errors, facts = _launch(x, entries, bias, TILE, weights, squares, before)
+def assess(x: Tensor, entries: Tensor, weights: Tensor, squares: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Labels as `nearest` in L2, errors weight * (squared norm - 2 score) [G, N], and [G, 2]: summed errors, labels unlike `before` (None: all)."""
+    (groups, count, width), entries = entries.shape, entries.contiguous()
+    rounded, bias = torch.empty_like(entries, dtype=x.dtype), torch.empty(groups, count, device=x.device)
+    _round[groups * count,](entries, rounded, bias, D=width, BD=max(16, triton.next_power_of_2(width)), num_warps=1)
+    labels, errors, facts = _launch(x, rounded, bias, TILE, weights, squares, before)
     return labels, errors, facts.sum(1, dtype=torch.float64)
 
 

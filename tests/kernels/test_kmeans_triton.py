@@ -81,18 +81,20 @@ def test_populous_entries_are_split_and_joined(gather, monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-def test_assessment_is_errors_their_sum_and_changes():
-    x, entries, weights = problem(2, 130, 16, 8)
-    squares, bias = x.square().sum(-1), entries.square().sum(-1) * -0.5
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_assessment_is_errors_their_sum_and_changes(dtype):
+    x, entries, weights = problem(2, 130, 16, 8, dtype)
+    entries *= 1.001  # not a number of float16
+    squares, bias = x.float().square().sum(-1), entries.to(dtype).float().square().sum(-1) * -0.5
     labels, scores = triton_kmeans.nearest(x, entries, bias)
     before = labels.clone()
     before[:, ::3] += 1
-    same, errors, facts = triton_kmeans.assess(x, entries, bias, weights[0], squares, before)
+    same, errors, facts = triton_kmeans.assess(x, entries, weights[0], squares, before)
     assert torch.equal(same, labels)
     torch.testing.assert_close(errors, weights[0] * (squares - 2 * scores).clamp_min(0))
-    torch.testing.assert_close(facts[:, 0], errors.double().sum(1))
+    torch.testing.assert_close(facts[:, 0], errors.double().sum(1), rtol=1e-6, atol=0)
     assert facts[:, 1].tolist() == [44, 44]
-    assert triton_kmeans.assess(x, entries, bias, weights[0], squares, None)[2][:, 1].tolist() == [130, 130]
+    assert triton_kmeans.assess(x, entries, weights[0], squares, None)[2][:, 1].tolist() == [130, 130]
 
 
 def test_clustering_through_the_kernels_reaches_the_same_objective(monkeypatch):
