@@ -179,13 +179,14 @@ def cluster(
             labels, errors, centres = labels[keep], errors[keep], centres[keep]
         centres, mass = update(*data, labels, centres)
         # The next assignment is queued before anything is read back, so that a GPU does not wait; it is repeated if entries were empty.
-        holes = (mass <= 0) & (errors.sum(1, keepdim=True) > 0) & (empty == "reseed")
+        holes = mass <= 0 if empty == "reseed" else None
         draws = torch.rand(groups, count, generator=generator)[active] if empty == "reseed" else None
         before, old = labels, errors
         labels, errors, facts = _assess(data, squares, centres, before, holes)
         if any(facts[2]):
-            for group, number in zip(active, facts[2], strict=True):
-                reseeded[group] += int(number)
+            holes &= old.sum(1, keepdim=True) > 0
+            for group, number in zip(active, holes.sum(1).tolist(), strict=True):
+                reseeded[group] += number
             centres = _reseed(data[0], data[2], old, centres, mass, holes, draws.to(x.device))
             labels, errors, facts = _assess(data, squares, centres, before)
     return Clustering(best * unit, objective, reseeded)
