@@ -119,14 +119,16 @@ def _each(call: Callable[[tuple], None], jobs: list[tuple], device: torch.device
             torch.set_num_threads(threads)
         return
 
+    def enter() -> None:
+        torch.cuda.set_stream(torch.cuda.Stream(device))  # one per thread: memory is kept by stream, so a fit gets what the fit before it gave back
+
     def apart(job: tuple) -> None:
-        with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream()):
-            call(job)
-            torch.cuda.current_stream().synchronize()
+        call(job)
+        torch.cuda.current_stream(device).synchronize()
 
     torch.linalg.cholesky(torch.eye(1, device=device))  # torch loads its linear algebra once, at first use, and not safely from several threads
     torch.cuda.synchronize(device)
-    with ThreadPoolExecutor(STREAMS) as pool:
+    with ThreadPoolExecutor(STREAMS, initializer=enter) as pool:
         list(pool.map(apart, jobs))
 
 
