@@ -9,16 +9,24 @@ import triton.language as tl
 
 
 @triton.jit
-def nibbles(base, half, full, turn, slot, n, WIDTH: tl.constexpr):
+def _raised(word, shift, ASM: tl.constexpr):
+    """word >> shift with its lowest bit at bit 2, in one rotation; other bits are anything. shift: 0 to 3."""
+    if ASM:
+        return tl.inline_asm_elementwise("shf.r.wrap.b32 $0, $1, $1, $2;", "=r,r,r", [word, shift + 30], dtype=tl.int32, is_pure=True, pack=1)
+    return (word >> shift) * 4
+
+
+@triton.jit
+def nibbles(base, half, full, turn, slot, n, WIDTH: tl.constexpr, ASM: tl.constexpr):
     """Words of eight codes of WIDTH 1 to 4 bits. half, full: word offsets in the plane of bit pairs and of the odd bit; n: channels."""
     if WIDTH == 1:
         word = (tl.load(base + full) >> slot) & 0x11111111
     else:
         word = (tl.load(base + half) >> turn) & 0x33333333
         if WIDTH == 3:
-            word += ((tl.load(base + full + 2 * n) >> slot) & 0x11111111) * 4
+            word += _raised(tl.load(base + full + 2 * n), slot, ASM) & 0x44444444
         if WIDTH == 4:
-            word += ((tl.load(base + half + 2 * n) >> turn) & 0x33333333) * 4
+            word += _raised(tl.load(base + half + 2 * n), turn, ASM) & (-0x33333334)
     return word
 
 

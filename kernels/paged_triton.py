@@ -24,7 +24,7 @@ def _dots(y, q, s):
 
 @triton.jit
 def _narrow(base, first, n, words, half, full, turn, slot, q, s, scale, least, WIDTH: tl.constexpr, ASM: tl.constexpr, CHANNELS: tl.constexpr):
-    word = nibbles(base + first, half * n + full, full, turn, slot, n, min(WIDTH, 4))
+    word = nibbles(base + first, half * n + full, full, turn, slot, n, min(WIDTH, 4), ASM)
     if WIDTH > 4:
         high = high_nibbles(base + first, half * n + full, full, turn, slot, n, WIDTH)
         y = wide_levels(word, high, words[0], words[1], WIDTH, ASM)
@@ -39,9 +39,9 @@ def _narrow(base, first, n, words, half, full, turn, slot, q, s, scale, least, W
 
 
 @triton.jit
-def _gathered(base, half, full, turn, slot, n, books, width):
+def _gathered(base, half, full, turn, slot, n, books, width, ASM: tl.constexpr):
     """Levels of 5 to 8 bits, gathered from memory: rare, or a baseline that is not meant to be fast."""
-    low = nibbles(base, half * n + full, full, turn, slot, n, 4)
+    low = nibbles(base, half * n + full, full, turn, slot, n, 4, ASM)
     high = tl.zeros_like(low)
     if width > 5:
         high += (tl.load(base + half * n + full + 4 * n) >> turn) & 0x33333333
@@ -94,7 +94,7 @@ def _scores(
         s = _segment(base, begin, end, first, n, (lanes(book, 6, ASM), book), half, full, turn, slot, q_at, s, scale, least, 6, G, AHEAD, ASM, False)
     else:
         for t in range(begin, end):
-            y = _gathered(base + first + (t - begin) * 16, half, full, turn, slot, n, book, width)
+            y = _gathered(base + first + (t - begin) * 16, half, full, turn, slot, n, book, width, ASM)
             s = _dots(y, tl.load(q_at + t * 16 * G), s)
     return s
 
@@ -207,10 +207,10 @@ def decode_split(
             # A loop, its sums kept in `out`: unrolled, the code outgrows the instruction cache. A thread reads back what it wrote.
             for d in tl.range(part * (DIM // VTILE) // PARTS, (part + 1) * (DIM // VTILE) // PARTS, num_stages=AHEAD, loop_unroll_factor=UNROLL):
                 if VALUE_WIDTH <= 4:
-                    word = nibbles(base + d * VTILE, half[None, :] * (DIM // PARTS) + full, full, turn[None, :], slot[None, :], DIM // PARTS, VALUE_WIDTH)
+                    word = nibbles(base + d * VTILE, half[None, :] * (DIM // PARTS) + full, full, turn[None, :], slot[None, :], DIM // PARTS, VALUE_WIDTH, ASM)
                     y = levels(word, value_levels, VALUE_WIDTH, ASM)
                 else:
-                    y = _gathered(base + d * VTILE, half[None, :], full, turn[None, :], slot[None, :], DIM // PARTS, value_books, VALUE_WIDTH)
+                    y = _gathered(base + d * VTILE, half[None, :], full, turn[None, :], slot[None, :], DIM // PARTS, value_books, VALUE_WIDTH, ASM)
                 sums = out + d * VTILE
                 held = tl.load(sums, mask=(start + chan * 0 > low)[:, None] & (group >= 0)[None, :], other=0)
                 added = tl.zeros([VTILE, G], tl.float32) + shift
