@@ -127,6 +127,7 @@ def decode_split(
     key_sides += batch * kb_side
     value_sides += batch * vb_side
     groups += head * GROUPS * 16
+    first_row, count = tl.load(groups + 2), tl.load(groups + 7)
     SIDE: tl.constexpr = key_sides.dtype.element_ty.primitive_bitwidth
     zero = tl.load(shifts + lane(ASM)) >> 4
     value_levels = table(value_table, zero)
@@ -138,15 +139,15 @@ def decode_split(
     out += (place * G + group[None, :]) * DIM + chan[:, None]
     if PREFETCH:
         prefetch_step(
-            key_words, value_words, key_sides + tl.load(groups + 2) * 32, value_sides + head * PARTS * 32, pages + batch * pages_stride,
-            low // 32, (high - 1) // 32, key_rows, value_rows, tl.load(groups + 7),
+            key_words, value_words, key_sides + first_row * 32, value_sides + head * PARTS * 32, pages + batch * pages_stride,
+            low // 32, (high - 1) // 32, key_rows, value_rows, count,
             KEY_PAGE, VALUE_PAGE, KEY_WORDS, DIM * VALUE_WIDTH, KEY_BARE, VALUE_BARE, TABLE,
         )  # fmt: skip
     for start in range(low, high, 8 * ROWS):
         if PREFETCH:
             prefetch_step(
-                key_words, value_words, key_sides + tl.load(groups + 2) * 32, value_sides + head * PARTS * 32, pages + batch * pages_stride,
-                (start + 8 * ROWS) // 32, (high - 1) // 32, key_rows, value_rows, tl.load(groups + 7),
+                key_words, value_words, key_sides + first_row * 32, value_sides + head * PARTS * 32, pages + batch * pages_stride,
+                (start + 8 * ROWS) // 32, (high - 1) // 32, key_rows, value_rows, count,
                 KEY_PAGE, VALUE_PAGE, KEY_WORDS, DIM * VALUE_WIDTH, KEY_BARE, VALUE_BARE, TABLE,
             )  # fmt: skip
         rows = start // 8 + row
@@ -159,10 +160,10 @@ def decode_split(
         scale = key_sides + (page * key_rows * 32 + head * DIM)[:, None] + col[None, :]
         none = tl.zeros([ROWS, G], tl.float32)
         s = (none, none, none, none, none, none, none, none)
-        gains = packed(key_side + tl.load(groups + 2) * 32, KEY_BARE)
-        for g in range(1 if KEY_WIDTH > 0 else tl.load(groups + 7)):
+        gains = packed(key_side + first_row * 32, KEY_BARE)
+        for g in range(1 if KEY_WIDTH > 0 else count):
             if KEY_WIDTH == 0:
-                following = packed(key_side + tl.load(groups + tl.minimum(g + 1, tl.load(groups + 7) - 1) * 16 + 2) * 32, KEY_BARE)
+                following = packed(key_side + tl.load(groups + tl.minimum(g + 1, count - 1) * 16 + 2) * 32, KEY_BARE)
             s = _scores(
                 key_words, groups + g * 16, half[:, None], key_full, turn[:, None], slot[:, None], query, books, zero, s, scale, scale + HEADS * DIM,
                 KEY_WIDTH, TILES, G, ROWS, ALIGN, AHEAD, ASM, CHANNELS,
