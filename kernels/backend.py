@@ -13,7 +13,6 @@ STAGES = 1
 AHEAD = 2  # key tiles in flight
 VTILE = 16  # value channels decoded at a time
 UNROLL = 2  # such steps in a row
-PREFETCH = True  # ask for a step's pages before its turn
 LIMIT = {"maxnreg": 128}
 WARPS = 16  # single-warp programs that fit a multiprocessor at once (registers and shared memory)
 

@@ -85,7 +85,7 @@ def right(name: str, heads: int, kv: int, tuning: dict) -> tuple[str, int, dict[
 
 def apply(tuning: dict) -> None:
     """Set the launch parameters that a run may vary."""
-    for name in ("STAGES", "AHEAD", "VTILE", "UNROLL", "WARPS", "PREFETCH"):
+    for name in ("STAGES", "AHEAD", "VTILE", "UNROLL", "WARPS"):
         setattr(backend, name, tuning[name])
     backend.LIMIT = {"maxnreg": tuning["registers"]} if tuning["registers"] else {}
 
@@ -134,11 +134,9 @@ def main() -> None:
     parser.add_argument("--ahead", type=int, default=backend.AHEAD)
     parser.add_argument("--vtile", type=int, default=backend.VTILE)
     parser.add_argument("--unroll", type=int, default=backend.UNROLL)
-    parser.add_argument("--prefetch", type=int, choices=(0, 1), default=int(backend.PREFETCH), help="ask for a step's pages before its turn")
     parser.add_argument("--jobs", type=int, default=10, help="processes that compile")
     options = parser.parse_args()
-    tuning = {"STAGES": options.stages, "AHEAD": options.ahead, "VTILE": options.vtile, "UNROLL": options.unroll, "WARPS": options.per_sm}
-    tuning |= {"PREFETCH": bool(options.prefetch), "registers": options.registers}
+    tuning = {"STAGES": options.stages, "AHEAD": options.ahead, "VTILE": options.vtile, "UNROLL": options.unroll, "WARPS": options.per_sm, "registers": options.registers}
     apply(tuning)
     shapes, rows, forms, begun = [SHAPES[i] for i in options.shapes], [], {}, time.time()
     with concurrent.futures.ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:

@@ -5,8 +5,8 @@ The numbers are those that the generator would have given. What is drawn ahead s
 others, the generator is in another state, and its numbers are drawn when they are asked for.
 """
 
+import threading
 from concurrent.futures import Future, ThreadPoolExecutor
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -15,12 +15,15 @@ from torch.nn.functional import pad
 RUN = 256  # masses added side by side on a CPU before one running sum over all
 
 _threads = ThreadPoolExecutor(4, thread_name_prefix="draws")
-_ahead: WeakKeyDictionary[torch.Generator, Future] = WeakKeyDictionary()
+_ahead: dict[torch.Generator, Future] = {}
+_lock = threading.Lock()
+KEPT = 16  # generators whose numbers wait; what nobody asks for is dropped for newer ones (torch 2.11 has no weak references to generators)
 
 
 def drawn(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """`torch.rand(shape, generator=generator)`, float32 on the CPU; from what `draw_ahead` drew where the generator is in the state supposed there."""
-    future = _ahead.pop(generator, None)
+    with _lock:
+        future = _ahead.pop(generator, None)
     if future is not None:
         before, numbers, after = future.result()
         if numbers.shape == shape and torch.equal(before, generator.get_state()):
@@ -31,7 +34,11 @@ def drawn(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 
 def draw_ahead(shape: tuple[int, ...], generator: torch.Generator, between: list[tuple[int, ...]]) -> None:
     """Draw what `drawn(shape, generator)` will return after draws of the shapes `between` from the same CPU generator."""
-    _ahead[generator] = _threads.submit(_draw, shape, generator.get_state(), between)
+    future = _threads.submit(_draw, shape, generator.get_state(), between)
+    with _lock:
+        _ahead[generator] = future
+        while len(_ahead) > KEPT:
+            del _ahead[next(iter(_ahead))]
 
 
 def by_mass(mass: Tensor, uniform: Tensor) -> Tensor:

@@ -116,7 +116,7 @@ class PagedAttention:
             heads, positions // TILE, table.groups.shape[1], table.width, v.segments[0].width, dim,
             key.strides()[2], value.strides()[2], min(backend.VTILE, dim // parts) if dim % 32 == 0 else 16, wide, rows,
             k.log8, v.log8, k.offset, v.offset, k.bare or k.channels, v.bare, table.align, backend.AHEAD, backend.ASM, k.channels, parts, key.table is not None, backend.UNROLL,
-            key.layout.words, backend.PREFETCH and backend.ASM, num_warps=1, num_stages=backend.STAGES, **backend.LIMIT,
+            num_warps=1, num_stages=backend.STAGES, **backend.LIMIT,
         )  # fmt: skip
         every = max(16, 1 << (splits - 1).bit_length())
         twin.merge_splits[(batch * heads * group, -(-dim // 32))](out, stat, merged, lse, splits, wide, group, dim, 32, every, min(every, 128))

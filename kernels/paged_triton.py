@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 
 from kernels.nibbles_triton import high_nibbles, lane, lanes, levels, nibbles, table, wide_levels
-from kernels.prefetch_triton import prefetch_step
 from kernels.sides_triton import inverse, packed, sides, unpacked
 
 
@@ -107,7 +106,7 @@ def decode_split(
     KEY_PAGE: tl.constexpr, VALUE_PAGE: tl.constexpr, VTILE: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, KEY_LOG8: tl.constexpr,
     VALUE_LOG8: tl.constexpr, KEY_OFFSET: tl.constexpr, VALUE_OFFSET: tl.constexpr, KEY_BARE: tl.constexpr,
     VALUE_BARE: tl.constexpr, ALIGN: tl.constexpr, AHEAD: tl.constexpr, ASM: tl.constexpr, CHANNELS: tl.constexpr, PARTS: tl.constexpr, TABLE: tl.constexpr,
-    UNROLL: tl.constexpr, KEY_WORDS: tl.constexpr, PREFETCH: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):  # fmt: skip
     """out [B, H, splits, G, DIM], stat [B, H, splits, 2, G] float32: unnormalized outputs, maxima (base 2) and masses.
 
@@ -137,19 +136,7 @@ def decode_split(
     top, mass = tl.full([G], float("-inf"), tl.float32), tl.zeros([G], tl.float32)
     place = (batch * HEADS + head) * tl.num_programs(0) + split
     out += (place * G + group[None, :]) * DIM + chan[:, None]
-    if PREFETCH:
-        prefetch_step(
-            key_words, value_words, key_sides + first_row * 32, value_sides + head * PARTS * 32, pages + batch * pages_stride,
-            low // 32, (high - 1) // 32, key_rows, value_rows, count,
-            KEY_PAGE, VALUE_PAGE, KEY_WORDS, DIM * VALUE_WIDTH, KEY_BARE, VALUE_BARE, TABLE,
-        )  # fmt: skip
     for start in range(low, high, 8 * ROWS):
-        if PREFETCH:
-            prefetch_step(
-                key_words, value_words, key_sides + first_row * 32, value_sides + head * PARTS * 32, pages + batch * pages_stride,
-                (start + 8 * ROWS) // 32, (high - 1) // 32, key_rows, value_rows, count,
-                KEY_PAGE, VALUE_PAGE, KEY_WORDS, DIM * VALUE_WIDTH, KEY_BARE, VALUE_BARE, TABLE,
-            )  # fmt: skip
         rows = start // 8 + row
         page = tl.minimum(rows // 4, (high - 1) // 32)  # rows behind the last token read its page again, masked below
         page = (tl.load(pages + batch * pages_stride + page) if TABLE else page).to(tl.int64)

@@ -31,6 +31,12 @@ def test_numbers_are_drawn_ahead_once(monkeypatch):
     assert torch.equal(first, torch.rand(600, generator=theirs)) and torch.equal(draws.drawn((600,), ours), torch.rand(600, generator=theirs))
 
 
+def test_what_nobody_asks_for_is_dropped():
+    for seed in range(3 * draws.KEPT):
+        draws.draw_ahead((4,), seeded(seed), [])
+    assert len(draws._ahead) <= draws.KEPT
+
+
 def test_clusterings_of_one_generator_do_not_change(monkeypatch):
     x = torch.randn(2, 900, 4, generator=seeded(1))
     for rounds in (3, 200):  # 200 rounds are more than it takes, so that what was supposed is wrong
