@@ -3,6 +3,7 @@
     python -m kvq.campaign [experiment ...] [override ...]          make rows EXPERIMENTS="pareto suites" SIZE=gpu JOBS=36
     python -m kvq.campaign pareto suites size=gpu --jobs 36 --heavy 6 --minutes 9
 
+Processes share a GPU by turns unless NVIDIA's MPS daemon runs (`nvidia-cuda-mps-control -d`): with many short kernels that is most of the time.
 A sweep per experiment would leave GPUs idle at the end of each. Finished runs are skipped by content: a campaign that was killed, or ran out
 of its minutes, goes on when started with the same words. Without experiments: all of conf/experiment.
 """
