@@ -70,7 +70,7 @@ class Encoder:
 
     def __init__(self, *specs: Spec):
         self.specs = specs
-        self._tables: _Tables | None = None
+        self._tables: dict[tuple[torch.device, torch.dtype], _Tables] = {}  # none is replaced: a captured graph reads those it was captured with
         # A launch writes sides of one type; streams of different types take one launch each.
         self._apart = [Encoder(spec) for spec in specs] if len({spec.stored for spec in specs}) > 1 else []
 
@@ -112,9 +112,9 @@ class Encoder:
             return
         from kernels import encode_triton as twin
 
-        if self._tables is None or self._tables.matrix.device != x.device or self._tables.matrix.dtype != x.dtype:
-            self._tables = _Tables(self.specs, [p.layout for p in held], x.device, x.dtype)
-        table = self._tables
+        if (x.device, x.dtype) not in self._tables:
+            self._tables[x.device, x.dtype] = _Tables(self.specs, [p.layout for p in held], x.device, x.dtype)
+        table = self._tables[x.device, x.dtype]
         xs = [part if part.stride(-1) == 1 else part.contiguous() for part in xs]
         (k, v), (kx, vx) = (held * 2)[:2], (xs * 2)[:2]
         ks, vs = (self.specs * 2)[:2]
@@ -164,7 +164,7 @@ class _Tables:
         self.widest = max(seg.width for spec in specs for seg in spec.segments)
         integers = lambda lists: torch.tensor([x + [[0] * len(x[0])] * (max(map(len, lists)) - len(x)) for x in lists], dtype=torch.int32, device=device)  # noqa: E731
         self.tiles, self.groups, self.places = integers(tiles), integers(groups), integers(places)
-        self.heap = torch.tensor(heap + [0.0] * TILE, device=device)  # the kernel reads seven nodes of every heap
+        self.heap = torch.tensor(heap, device=device)
         eye = torch.eye(dim, device=device)[None]
         rotation = torch.cat([(eye if s.rotation is None else s.rotation.to(device)).expand(s.heads, -1, -1) for s in specs]).double()
         rotation = torch.nn.functional.pad(rotation, (0, 0, 0, TILE))  # the last tile may be narrower than it is read

@@ -79,7 +79,7 @@ def encode_pages(
     is_value = head >= HEADS
     start, count = tl.load(starts + batch), tl.load(counts + batch)
     page = start // 32 + tl.program_id(0)
-    if page * 32 < start + count:
+    if (count > 0) & (page * 32 < start + count):
         slot, row, d = tl.arange(0, 32), tl.arange(0, 16), tl.arange(0, DIM)
         token = page * 32 + slot - start
         at_page = (tl.load(pages + batch * pages_stride + page) if TABLE else page).to(tl.int64)
