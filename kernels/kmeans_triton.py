@@ -180,7 +180,7 @@ def shares(x: Tensor, weights: Tensor, labels: Tensor, entries: int, factor: Ten
 def _members(labels: Tensor, entries: int) -> tuple[Tensor, Tensor]:
     # Rows of [G * N] in the order of a stable sort by entry, and where in it every entry of every group begins and the last one ends
     count = len(labels) * entries
-    half = count // 2  # keys on both sides of zero: 2^16 of them fit int16, which sorts in half the time
+    half = count // 2  # keys on both sides of zero: almost 2^16 of them fit int16, which sorts in half the time
     kind = torch.int16 if count - half < 2**15 else torch.int32
     key = labels + torch.arange(-half, count - half, entries, device=labels.device, dtype=torch.int32)[:, None]
     ordered, order = torch.sort(key.to(kind).flatten(), stable=True)

@@ -35,7 +35,7 @@ def unpacked(words, token, SIZE: tl.constexpr, LOG8: tl.constexpr, BARE: tl.cons
 
 @triton.jit
 def sides(at, LOG8: tl.constexpr, BARE: tl.constexpr = False):
-    """Both at once."""
+    """The eight gains or offsets at `at`, read and in float32."""
     return unpacked(packed(at, BARE), at, at.dtype.element_ty.primitive_bitwidth, LOG8, BARE)
 
 

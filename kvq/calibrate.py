@@ -106,7 +106,8 @@ def _each(call: Callable[[tuple], None], jobs: list[tuple], device: torch.device
     """`call` every job, STREAMS at a time. On CUDA the kernels of other fits fill the gaps of one that waits for the host; on a CPU fits share the cores.
 
     A fit is thousands of short products. Threads that meet after every one of them lose more time in waiting than they win, many times more
-    where other processes want the cores too, so each fit keeps to its share of the threads; what it learns does not depend on their number.
+    where other processes want the cores too, so each fit keeps to its share of the threads; what it learns does not depend on their number,
+    except where stages are refitted (`gsrq.refine`): the last bits of a Cholesky factor do.
     """
     if device.type != "cuda":
         threads = torch.get_num_threads()
