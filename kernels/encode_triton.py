@@ -148,7 +148,7 @@ def encode_token(
     KEY_LOG8: tl.constexpr, VALUE_LOG8: tl.constexpr, KEY_SQUARES: tl.constexpr, VALUE_SQUARES: tl.constexpr,
     PARTS: tl.constexpr, SCALE: tl.constexpr, WIDEST: tl.constexpr, TABLE: tl.constexpr, G: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """The same for T = 1 where counts[b] is 1. G: the number of groups as a power of two."""
+    """The same for T = 1 where counts[b] is 1. One launch serves both kernels, so each leaves some arguments unread. G: the groups' number as a power of two."""
     head, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     is_value = head >= HEADS
     if tl.load(counts + batch) > 0:

@@ -68,8 +68,7 @@ def _segment(
 @triton.jit
 def _scores(
     base, at, half, full, turn, slot, query, books, zero, s, scale, least,
-    WIDTH: tl.constexpr, TILES: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, ALIGN: tl.constexpr, AHEAD: tl.constexpr, ASM: tl.constexpr,
-    CHANNELS: tl.constexpr,
+    WIDTH: tl.constexpr, TILES: tl.constexpr, G: tl.constexpr, ALIGN: tl.constexpr, AHEAD: tl.constexpr, ASM: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """s + scores of the segment at `at`, without its gain: WIDTH > 0 is the one segment of every head, 0 reads the width from the table."""
     q_at = query + tl.arange(0, 16)[:, None] * G + tl.arange(0, G)[None, :]
@@ -153,7 +152,7 @@ def decode_split(
                 following = packed(key_side + tl.load(groups + tl.minimum(g + 1, count - 1) * 16 + 2) * 32, KEY_BARE)
             s = _scores(
                 key_words, groups + g * 16, half[:, None], key_full, turn[:, None], slot[:, None], query, books, zero, s, scale, scale + HEADS * DIM,
-                KEY_WIDTH, TILES, G, ROWS, ALIGN, AHEAD, ASM, CHANNELS,
+                KEY_WIDTH, TILES, G, ALIGN, AHEAD, ASM, CHANNELS,
             )  # fmt: skip
             if KEY_WIDTH == 0:  # the sum so far in units of the next gain (never 0): one set of sums in registers, not two
                 n, gain, divisor = (), unpacked(gains, token, SIDE, KEY_LOG8, KEY_BARE), unpacked(following, token, SIDE, KEY_LOG8, KEY_BARE)
