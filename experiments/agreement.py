@@ -60,7 +60,7 @@ def table(rows: pd.DataFrame) -> Table:
         f"Answers: at least {SAME:.0%} must be equal in every character. "
         f"Loss, token by token: means may differ by {LOSS:g} nats per token; largest differences are of one example or window, KL and top-1 agreement against fp16. "
         "Where a prompt reads codes, rounding moves codes of later layers, so answers may differ although attention does not. "
-        "So may long answers, whose own codes rounding moves. GSRQ's runs met kernels that summed stages in float16; they sum in float32 for a float32 model since. "
+        "So may long answers, whose own codes rounding moves. "
         "Scores in percent, losses in nats per token, means over examples. What is not listed has not been run on both routes."
     )
     for (dtype, device), part in rows.groupby(["dtype", "device"]):
