@@ -2,10 +2,13 @@
 
 import subprocess
 import sys
+import weakref
+from types import SimpleNamespace
 
 import pytest
 
-from kvq import entry, models, results
+from kvq import entry, models, results, runner, sweep
+from kvq.claim import Busy
 from tests.quants import ROOT
 
 
@@ -138,9 +141,26 @@ def test_a_sweep_goes_on_after_a_refused_cell(command, tmp_path):
     assert not [n for n in written(tmp_path) if n.endswith((".log", ".yaml")) and "/" not in n], written(tmp_path)
 
 
-def test_interrupting_says_how_to_go_on(command, monkeypatch):
-    from kvq import runner
+@pytest.mark.parametrize("failure", [None, Busy, ValueError])
+def test_memory_is_given_back_after_every_cell_whatever_became_of_it(failure, tmp_path, monkeypatch):
+    class Model:
+        pass
 
+    def run(*_, **__):
+        model = Model()
+        held.append(weakref.ref(model))
+        if failure:
+            raise failure("another")
+        return []
+
+    held, gone = [], []
+    monkeypatch.setattr(runner, "run", run)
+    monkeypatch.setattr(entry, "_free_memory", lambda: gone.append(held[0]() is None))
+    entry.noted(SimpleNamespace(dry_run=False), {}, sweep.Note(tmp_path, ["quant=int4"]))
+    assert gone == [True], "once, when nothing holds what the cell made"
+
+
+def test_interrupting_says_how_to_go_on(command, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
