@@ -38,7 +38,7 @@ def draw(rows: pd.DataFrame):
                 axis.text(j, i, f"{value:.0f}", ha="center", va="center", fontsize=6, color="black" if value > 55 else "white")
         axis.set_xticks(range(grid.shape[1]), [f"{n:,}" for n in grid.columns])
         axis.set_yticks(range(grid.shape[0]), [f"{100 * d:.0f}" for d in grid.index])
-        axis.set_title("fp16" if quant == "fp16" else f"{style.label(quant)}, {style.bits(bits)}\n{part['score'].mean():.1f} percent", fontsize=7)
+        axis.set_title("fp16" if quant == "fp16" else f"{style.label(quant)}\n{style.bits(bits)}: {part['score'].mean():.1f} %", fontsize=7)
         axis.set_xlabel("prompt tokens")
         axis.grid(False)
     axes[0][0].set_ylabel("depth of the needle (percent)")
@@ -51,8 +51,12 @@ def table(rows: pd.DataFrame) -> Table:
     kinds["average"] = kinds.mean(axis=1).round(1)
     lengths = rows.pivot_table(index=["quant", "key_bits", "value_bits"], columns="length", values="score").round(1)
     lengths.columns = [f"{n} tokens" for n in lengths.columns]
+    kinds["seeds"] = lengths["seeds"] = rows.groupby(["quant", "key_bits", "value_bits"])["seed"].nunique()
     n = int(rows.groupby(["quant", "key_bits", "value_bits", "seed"]).size().min())
-    made = Table(f"Needles found in percent, {n} prompts per method and budget; a difference of two standard errors is about {2 * (0.25 / n) ** 0.5 * 100:.0f} points at worst.")
+    made = Table(
+        f"Needles found in percent, {n} prompts per method, budget and seed; averages are over seeds; "
+        f"a difference of two standard errors is about {2 * (0.25 / n) ** 0.5 * 100:.0f} points at worst."
+    )
     made.add("By kind", kinds.reset_index()).add("By length", lengths.reset_index())
     for name, model in (("T4a", "Llama-3.1-8B-Instruct"), ("T4b", "Qwen2.5-7B-Instruct")):
         made.add(f"Reported (Block-GTQ Table 4, {model})", scores.published("blockgtq", name, index=["method", "budget"], columns="task"))

@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from experiments import committed, scores, style
-from experiments.tables import Table, spread
+from experiments.tables import SEEDS, Table, spread
 
 PANELS = (
     ("loss", "loss_minus_fp16", scores.LOSS),
@@ -52,7 +52,7 @@ def draw(rows: pd.DataFrame):
     for place, (line, (name, _, title)) in enumerate(zip(axes, shown)):
         part = rows[rows["panel"] == name]
         for axis, (column, text) in zip(line, AXES):
-            scores.panel(axis, part, column, names=False, loss=name in ("loss", "kl"))
+            scores.panel(axis, part, column, names=False, loss=name in ("loss", "kl"), every=rows)
             if place == len(shown) - 1:
                 axis.set_xlabel(text)
         line[0].set_ylabel(title)
@@ -68,20 +68,20 @@ def table(rows: pd.DataFrame) -> Table:
     columns = {"loss": ("loss above fp16", 3), "kl": ("KL to fp16", 3), "top1": ("top-1 agreement", 3), "longbench": ("LongBench", 1), "niah": ("needles", 1)}
     fp16 = {name: rows[rows["panel"] == name]["fp16"].mean() for name in columns}
     lines = [{"method": "fp16", "bits K/V": "16/16", "stored": "16.000", "all-in": "16.00", "loss above fp16": f"(loss {fp16['loss']:.3f})", "KL to fp16": "0",
-              "top-1 agreement": "1", "LongBench": f"{fp16['longbench']:.1f}", "needles": f"{fp16['niah']:.1f}", "seeds": ""}]  # fmt: skip
+              "top-1 agreement": "1", "LongBench": f"{fp16['longbench']:.1f}", "needles": f"{fp16['niah']:.1f}"}]  # fmt: skip
     for (quant, key, value), group in rows[rows["panel"].isin(columns)].groupby(["quant", "key_bits", "value_bits"]):
         text = group[group["panel"] == "loss"]
-        total = (text if len(text) else group)["bits_total"].mean()
-        line = {"method": style.label(quant), "bits K/V": f"{key:g}/{value:g}", "stored": f"{group['bits_stored'].mean():.3f}", "all-in": f"{total:.2f}"}
+        total = f"{text['bits_total'].mean():.2f}" if len(text) else ""
+        line = {"method": style.label(quant), "bits K/V": f"{key:g}/{value:g}", "stored": f"{group['bits_stored'].mean():.3f}", "all-in": total}
         for name, (title, digits) in columns.items():
             part = group[group["panel"] == name]
-            line[title] = spread(part["value"], part["stderr"], digits)
-        lines.append({**line, "seeds": group["seed"].nunique()})
+            line[title] = spread(part["value"], part["stderr"], digits, seeds=True)
+        lines.append(line)
     made = Table(
         "Every method at every budget, shipped options; loss and KL in nats per token, top-1 agreement with fp16 as a share of positions, "
-        "scores in percent; ± over seeds, or one standard error with one seed; "
-        "the column seeds counts those of the loss, LongBench has one and needles mostly one. "
+        f"scores in percent; {SEEDS}. "
         "Scored in one pass, so an exact window (KIVI's 128 tokens) is seen by the last queries only. All-in bits are of the perplexity run."
+        + scores.absent(rows, {name: columns[name][0] for name in ("loss", "longbench", "niah")}, "panel")
     ).add("", pd.DataFrame(lines))
     lines = []
     for (quant, key, value), group in rows[rows["panel"].isin(("streamed", "one pass"))].groupby(["quant", "key_bits", "value_bits"]):

@@ -157,17 +157,46 @@ def verdict(rows: pd.DataFrame) -> pd.DataFrame:
     lines = []
     for (where, stage), part in shares(rows).dropna().groupby(["where", "stage"]):
         if where == "loss" or stage in (1, STAGES):
-            lines.append({"where": where, "stage or bits": stage, "gap": spread(part["gap"], digits=4), "closed by the start alone": spread(part["start"], digits=0) + " %",
-                          "closed by the update alone": spread(part["update"], digits=0) + " %", "seeds": len(part)})  # fmt: skip
+            lines.append({"where": where, "stage or bits": stage, "gap": spread(part["gap"], digits=4), "closed by the start alone": _closed(part, "start"),
+                          "closed by the update alone": _closed(part, "update"), "seeds": len(part)})  # fmt: skip
     return pd.DataFrame(lines)
+
+
+def ahead(difference: pd.Series) -> bool:
+    """Whether a difference per seed is positive by two standard errors of its mean; False for one seed."""
+    return bool(difference.mean() > 2 * difference.std() / len(difference) ** 0.5)
+
+
+def _closed(part: pd.DataFrame, column: str) -> str:
+    return spread(part[column], digits=0) + " %" if ahead(part["gap"]) else "no gap"
+
+
+def answer(rows: pd.DataFrame) -> str:
+    """What the rows say of the model's held-out error after the last stage and of its loss, in two sentences; empty without such rows."""
+    found, said = shares(rows).dropna(), ""
+    last = {where: part for where, part in found[found["stage"] == STAGES].groupby("where") if where in ("keys", "values") and ahead(part["gap"])}
+    if last:
+        told = (f"{spread(p['start'], digits=0)} % of the gap of {where}" for where, p in last.items())
+        alone = (f"{spread(p['update'], digits=0)} %" for p in last.values())
+        said += f" After {STAGES} stages k-means from the spherical start closes {' and '.join(told)} in held-out error, the update alone {' and '.join(alone)}."
+    loss = rows[rows["where"] == "loss"].pivot_table(index=["stage", "seed"], columns="arm", values="value")
+    if {"km kmeans++", "km spherical", "gskm spherical"} <= set(loss.columns):
+        told = {"k-means++ is ahead of GSKM": [], "GSKM is ahead of k-means++": [], "spherical k-means and GSKM differ by less than two standard errors": []}
+        for bits, part in loss.dropna(subset=["km kmeans++", "km spherical", "gskm spherical"]).groupby("stage"):
+            gap, beside = part["km kmeans++"] - part["gskm spherical"], part["km spherical"] - part["gskm spherical"]
+            for words, holds in zip(told, (ahead(-gap), ahead(gap), len(part) > 1 and not (ahead(beside) or ahead(-beside)))):
+                told[words] += [f"{bits:g}"] if holds else []
+        said += " In loss " + "; ".join(f"{words} at {', '.join(bits)} bits" for words, bits in told.items() if bits) + "." if any(told.values()) else ""
+    return said
 
 
 def table(rows: pd.DataFrame) -> Table:
     last = rows[(rows["split"] == "held-out") & ((rows["where"] == "loss") | (rows["stage"] == 16))]
-    wide = last.groupby(["where", "stage", "arm"])["value"].apply(lambda v: spread(v, digits=4)).unstack("arm").reindex(columns=list(ARMS)).reset_index().fillna("")
+    wide = last.groupby(["where", "stage", "arm"])["value"].apply(lambda v: spread(v, digits=4, seeds=True)).unstack("arm").reindex(columns=list(ARMS)).reset_index().fillna("")
     caption = (
         f"Relative squared error held out after {STAGES} stages ({WIDTH} channels, {ENTRIES} entries; white Gaussian, log-normal norms, the model's keys and values), "
-        "loss above fp16 in nats; mean ± standard deviation over seeds."
+        "loss above fp16 in nats; mean ± standard deviation over seeds, whose number follows in brackets. "
+        "No gap: k-means++ is not behind GSKM by two standard errors." + answer(rows)
     )
     return Table(caption).add("Which part of GSKM's gain over k-means++ is its start", verdict(rows)).add("All arms", wide)
 

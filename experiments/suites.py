@@ -7,7 +7,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from experiments import choice, committed, scores, style
-from experiments.tables import Table, spread
+from experiments.tables import SEEDS, Table, spread
 
 QUANTS = ("gsrq", "blockgtq", "kivi")
 BITS = (4, 3, 2, 1)
@@ -80,10 +80,10 @@ def _follows(loss: list[float], cells: list[pd.Series]) -> str:
 
 def draw(rows: pd.DataFrame):
     panels = [(task, title) for task, (_, title) in TASKS.items() if (rows["task"] == task).any()]
+    every = rows.assign(key_bits=rows["bits"], value_bits=rows["bits"])
     figure, axes = plt.subplots(1, len(panels), figsize=(style.PAGE if len(panels) > 1 else style.COLUMN, 2.4), squeeze=False)
     for axis, (task, title) in zip(axes[0], panels):
-        part = rows[rows["task"] == task].assign(key_bits=rows["bits"], value_bits=rows["bits"])
-        scores.panel(axis, part, names=False, loss=task == "perplexity")
+        scores.panel(axis, every[every["task"] == task], names=False, loss=task == "perplexity", every=every)
         axis.set_title(title)
         axis.set_xlabel("stored bits")
         axis.set_ylabel("nats per token" if task == "perplexity" else "percent" if axis is axes[0][min(1, len(panels) - 1)] else "")
@@ -104,7 +104,7 @@ def table(rows: pd.DataFrame) -> Table:
             line = {"method": style.label(quant), "bits": f"{bits:g}", "stored": f"{group['bits_stored'].mean():.3f}", "all-in": f"{total.mean():.2f}" if len(total) else ""}
             for task in tasks:
                 part = group[group["task"] == task]
-                line[TASKS[task][1]] = spread(part["value"], part["stderr"], 3 if task == "perplexity" else 1)
+                line[TASKS[task][1]] = spread(part["value"], part["stderr"], 3 if task == "perplexity" else 1, seeds=True)
             lines.append(line)
         if quant in verdicts:
             steps = " > ".join(map(str, CHECKED))
@@ -112,30 +112,28 @@ def table(rows: pd.DataFrame) -> Table:
     asked = "; ".join(f"{TASKS[t][1]} n = {int(rows[rows['task'] == t]['n'].max())}" for t in tasks)
     protocol = "; ".join(dict.fromkeys(rows["protocol"]))
     caption = (
-        "Loss in nats per token above fp16 (fp16 row: the loss), scores in percent; ± over seeds, or one standard error with one seed. "
+        f"Loss in nats per token above fp16 (fp16 row: the loss), scores in percent; {SEEDS}. "
         f"Examples: {asked}. Calibration: {', '.join(dict.fromkeys(rows['calibration']))}. Protocol: {protocol}. "
         "All-in bits are of the perplexity run. `within error`: a step the wrong way by less than its standard error; an equal score is one."
-        + _missing(rows, tasks)
+        + scores.absent(rows.assign(key_bits=rows["bits"], value_bits=rows["bits"]), {t: TASKS[t][1] for t in tasks})
         + _number_types(rows)
     )
     return Table(caption).add("", pd.DataFrame(lines).fillna(""))
 
 
-def _missing(rows: pd.DataFrame, tasks: list[str]) -> str:
-    """Which suites a method has not been run on, in a sentence; nothing if there are none."""
-    lacks = {quant: [TASKS[t][1] for t in tasks if rows[(rows["task"] == t) & (rows["quant"] == quant)]["bits"].nunique() < len(BITS)] for quant in QUANTS}
-    told = "; ".join(f"{style.label(quant)}: {', '.join(names)}" for quant, names in lacks.items() if names)
-    return f" Not run at this size, or not at every budget: {told}." if told else ""
-
-
 def _number_types(rows: pd.DataFrame) -> str:
-    """The number type of most runs, and which cells have another, in a sentence."""
+    """The number type of most runs, and which lines have another, with its budgets if a line mixes types, in a sentence."""
     most = rows["dtype"].mode()[0]
-    others = rows[rows["dtype"] != most].groupby(["dtype", "quant", "task"]).size().index
-    told = "; ".join(f"{dtype} for {style.label(quant)}, {TASKS[task][1]}" for dtype, quant, task in others)
+    others = []
+    for (quant, task), part in rows.groupby(["quant", "task"]):
+        for dtype, mine in part[part["dtype"] != most].groupby("dtype"):
+            some = f" at {', '.join(f'{bits:g}' for bits in sorted(mine['bits'].unique()))} bits" if len(mine) < len(part) else ""
+            others.append(f"{dtype} for {style.label(quant)}, {TASKS[task][1]}{some}")
+    told = "; ".join(others)
     return f" Runs are in {most}" + (f" ({told})." if told else ".")
 
 
 def _reference(rows: pd.DataFrame, task: str) -> str:
-    value = rows[rows["task"] == task]["fp16"].mean()
+    part = rows[rows["task"] == task]
+    value = part[part["dtype"] == part["dtype"].mode()[0]]["fp16"].mean()
     return f"(loss {value:.3f})" if task == "perplexity" else f"{value:.1f}"

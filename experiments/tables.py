@@ -48,12 +48,15 @@ def escape(value) -> str:
     return text
 
 
-def spread(values: pd.Series, stderr: pd.Series | None = None, digits: int = 3) -> str:
-    """mean ± standard deviation over seeds; with one seed its own standard error, if any."""
+SEEDS = "± over seeds, whose number follows in brackets; with one seed, one standard error and no number"
+
+
+def spread(values: pd.Series, stderr: pd.Series | None = None, digits: int = 3, seeds: bool = False) -> str:
+    """mean ± standard deviation over seeds; with one seed its own standard error, if any. seeds: write their number after it if there are several."""
     if not len(values):
         return ""
     error = values.std() if len(values) > 1 else (stderr.iloc[0] if stderr is not None else float("nan"))
-    return f"{values.mean():.{digits}f}" + ("" if pd.isna(error) else f" ± {error:.{digits}f}")
+    return f"{values.mean():.{digits}f}" + ("" if pd.isna(error) else f" ± {error:.{digits}f}") + (f" ({len(values)})" if seeds and len(values) > 1 else "")
 
 
 def save(table: Table, name: str, folder: Path) -> list[Path]:

@@ -185,3 +185,39 @@ def test_of_several_runs_of_one_cell_the_latest_is_read(tmp_path):
     new = write(tmp_path, "gsrq", 2, 0, 0.2, config={**CONFIG, "model": {"dtype": "bfloat16"}, "task": {"limit": 4, "later": None}}, date="2026-01-02T00:00:00Z")
     other = write(tmp_path, "gsrq", 2, 1, 0.3, date="2026-01-01T00:00:00Z")
     assert old != new and set(committed.load(tmp_path)["run"]) == {new, other}
+
+
+def test_a_table_of_several_tasks_gives_each_its_own_all_in_bits_and_seeds(folder):
+    """All-in bits fall with the length of a run; their mean over tasks once changed when a row of another task arrived."""
+    rows = scores.gather(folder, "standin", {"perplexity": "loss_minus_fp16", "niah": "score"}, ("gsrq",))
+    rows.loc[rows["task"] == "niah", "bits_total"] += 100
+    rows = rows[~((rows["task"] == "niah") & (rows["bits"] == 2)) & ~((rows["task"] == "niah") & (rows["seed"] == 1) & (rows["bits"] == 1))]
+    table = scores.tabulate(rows, "Scores.", [("perplexity", "loss"), ("niah", "needles")], 1)
+    one = table.parts[0][1].set_index("bits K/V").loc["1/1"]
+    assert (one["all-in, loss"], one["all-in, needles"], one["loss"], one["needles"]) == ("2.00", "102.00", "3.0 ± 0.1 (2)", "4.0 ± 0.1")
+    assert "needles: GSRQ at 2." in table.caption
+    assert "all-in" in scores.tabulate(rows, "Scores.", [("perplexity", "loss")]).parts[0][1].columns
+
+
+def test_a_line_does_not_cross_a_missing_cell(folder):
+    import matplotlib.pyplot as plt
+
+    rows = scores.gather(folder, "standin", {"perplexity": "loss_minus_fp16", "niah": "score"}, ("gsrq",))
+    rows = rows[~((rows["task"] == "niah") & (rows["bits"] == 1))]
+    figure, axis = plt.subplots()
+    scores.panel(axis, rows[rows["task"] == "niah"], names=False, every=rows)
+    heights = axis.containers[0][0].get_ydata()
+    assert [value != value for value in heights] == [False, True, False]
+    plt.close(figure)
+
+
+def test_a_share_is_given_of_a_gap_only():
+    from experiments import start_effect
+
+    arms = {"km kmeans++": (3.0, 3.1, 3.2), "km spherical": (1.9, 2.0, 2.1), "gskm spherical": (2.0, 2.1, 2.2), "gskm kmeans++": (3.0, 3.1, 3.3)}
+    rows = pd.DataFrame([{"where": where, "arm": arm, "stage": stage, "split": "held-out", "seed": seed, "value": sign * value[seed]}
+                         for where, stage, sign in (("keys", 16, 1), ("loss", 1.0, -1), ("loss", 2.0, 1)) for arm, value in arms.items() for seed in range(3)])  # fmt: skip
+    told = start_effect.verdict(rows).set_index(["where", "stage or bits"])["closed by the start alone"]
+    assert told["keys", 16] == "110 ± 0 %" and told["loss", 2.0] == "110 ± 0 %" and told["loss", 1.0] == "no gap"
+    said = start_effect.answer(rows)
+    assert "closes 110 ± 0 % of the gap of keys" in said and "k-means++ is ahead of GSKM at 1 bits; GSKM is ahead of k-means++ at 2 bits" in said
