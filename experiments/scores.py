@@ -61,7 +61,7 @@ def panel(axis, part: pd.DataFrame, x: str = "bits_stored", names: bool = True, 
     style.plain_log(axis)
     axis.minorticks_off()
     low, high = axis.get_xlim()
-    if high < 4 * low:
+    if high < 5 * low:
         axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5, steps=[1, 2, 5, 10]))  # powers of two would be one or two ticks
     if names:
         style.name_ends(axis, ends)
