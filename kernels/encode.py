@@ -8,7 +8,7 @@ threshold, relative to the vector's norm; a gain may differ by its last bit, and
 import torch
 from torch import Tensor
 
-from kernels import backend
+from kernels import backend, encode_whole
 from kernels.pages import PAGE, Pages, Spec
 from kernels.scalar import nearest
 
@@ -71,8 +71,14 @@ class Encoder:
     def __init__(self, *specs: Spec):
         self.specs = specs
         self._tables: dict[tuple[torch.device, torch.dtype], _Tables] = {}  # none is replaced: a captured graph reads those it was captured with
+        self._wholes: dict[tuple[torch.device, torch.dtype], encode_whole.Whole] = {}
         # A launch writes sides of one type; streams of different types take one launch each.
         self._apart = [Encoder(spec) for spec in specs] if len({spec.stored for spec in specs}) > 1 else []
+        self._whole = encode_whole.served(specs) and not self._apart
+        # So do prompts of which one stream alone is coded whole.
+        self._prompts = self._apart or ([] if self._whole or len(specs) == 1 else [Encoder(spec) for spec in specs])
+        if not any(encoder._whole for encoder in self._prompts):
+            self._prompts = self._apart
 
     def take(self, held: list[Pages], xs: list[Tensor]) -> bool:
         """Code xs, [B, H, T, D] for each stream, behind the tokens of `held`, which grow as needed; one value is read back to the host.
@@ -100,22 +106,29 @@ class Encoder:
 
         starts, counts [B] int32 on the device: where to write and how many tokens. `tokens` of `held` and values that are not finite are the caller's.
         """
-        for encoder, pages, part in zip(self._apart, held, xs):
-            encoder.append([pages], [part], starts, counts)
         x, spec = xs[0], self.specs[0]
         batch, _, tokens, dim = x.shape
-        if self._apart or not tokens:
+        if not tokens:
+            return
+        if apart := self._apart if tokens == 1 or x.dtype == torch.float32 else self._prompts:
+            for encoder, pages, part in zip(apart, held, xs):
+                encoder.append([pages], [part], starts, counts)
             return
         if not backend.use_triton(x):
             for pages, part in zip(held, xs):
                 write(pages, part, starts, counts)
+            return
+        xs = [part if part.stride(-1) == 1 else part.contiguous() for part in xs]
+        if self._whole and tokens > 1 and x.dtype in encode_whole.PARTS:
+            if (x.device, x.dtype) not in self._wholes:
+                self._wholes[x.device, x.dtype] = encode_whole.Whole(self.specs, x.device, x.dtype)
+            self._wholes[x.device, x.dtype](held, xs, starts, counts)
             return
         from kernels import encode_triton as twin
 
         if (x.device, x.dtype) not in self._tables:
             self._tables[x.device, x.dtype] = _Tables(self.specs, [p.layout for p in held], x.device, x.dtype)
         table = self._tables[x.device, x.dtype]
-        xs = [part if part.stride(-1) == 1 else part.contiguous() for part in xs]
         (k, v), (kx, vx) = (held * 2)[:2], (xs * 2)[:2]
         ks, vs = (self.specs * 2)[:2]
         pages = -(-tokens // PAGE) + (tokens % PAGE != 1)  # tokens that begin inside a page end one page later

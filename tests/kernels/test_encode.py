@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kernels import backend, encode, synthetic
+from kernels import backend, encode, encode_whole, synthetic
 from kernels.pages import PAGE, Pool, room
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -40,22 +40,20 @@ def near(ours, theirs, spec):
     torch.testing.assert_close(sides.float(), gains.float(), rtol=2e-3, atol=1.0 if spec.log8 else 1e-3)
 
 
-@pytest.mark.parametrize("tokens", [40, 1])
-@pytest.mark.parametrize("pool", [False, True], ids=["pages", "pool"])
-@pytest.mark.parametrize("options,gain", [({}, "unit_norm"), ({"log8": True}, "least_squares")], ids=str)
-def test_tokens_go_where_device_lengths_say(options, gain, pool, tokens, monkeypatch):
-    key, value = (replace(spec, gain=gain) for spec in specs(**options))
+def goes_where_lengths_say(pair, xs, pool, monkeypatch):
+    """Both paths write the same bits behind starts of random pages with room for 96 tokens more than the longest, and touch no others."""
+    tokens = xs[0].shape[2]
+    room = 96 + tokens // PAGE * PAGE
     starts = torch.tensor([0, 31, 40], dtype=torch.int32, device=DEVICE)
-    counts = torch.tensor([5, 40, 0], dtype=torch.int32, device=DEVICE).clamp_max(tokens)
-    xs = [torch.randn(3, 2, tokens, 32, generator=torch.Generator().manual_seed(seed)).to(DEVICE) for seed in (3, 4)]
+    counts = torch.tensor([5, tokens, 0], dtype=torch.int32, device=DEVICE).clamp_max(tokens)
     results = []
     for served in (backend.use_triton, lambda x: False):
         monkeypatch.setattr(backend, "use_triton", served)
-        held = [pooled(filled(spec, 3, 96)) if pool else filled(spec, 3, 96) for spec in (key, value)]
-        encode.Encoder(key, value).append(held, xs, starts, counts)
+        held = [pooled(filled(spec, 3, room)) if pool else filled(spec, 3, room) for spec in pair]
+        encode.Encoder(*pair).append(held, xs, starts, counts)
         results.append(held)
-    for spec, x, ours, theirs in zip((key, value), xs, *results):
-        before, found, defined = filled(spec, 3, 96).symbols(), ours.symbols(), theirs.symbols()
+    for spec, x, ours, theirs in zip(pair, xs, *results):
+        before, found, defined = filled(spec, 3, room).symbols(), ours.symbols(), theirs.symbols()
         coded = encode.symbols(spec, x)
         for b, (start, count) in enumerate(zip(starts.tolist(), counts.tolist())):
             new = slice(start, start + count)
@@ -65,8 +63,51 @@ def test_tokens_go_where_device_lengths_say(options, gain, pool, tokens, monkeyp
             if count:
                 near([part[b, :, : start + count] for part in found], [part[b, :, : start + count] for part in defined], spec)
             # Many tokens clear the rest of the last page; one touches no other bits, and none touch none.
-            end = -(-(start + count) // PAGE) * PAGE if count > 1 else start + count
+            end = -(-(start + count) // PAGE) * PAGE if tokens > 1 and count else start + count
             assert all(torch.equal(part[b, :, end:], old[b, :, end:]) for part, old in zip(found, before))
+
+
+def drawn(tokens, dim, dtype):
+    return [torch.randn(3, 2, tokens, dim, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype) for seed in (3, 4)]
+
+
+@pytest.mark.parametrize("tokens", [40, 1])
+@pytest.mark.parametrize("pool", [False, True], ids=["pages", "pool"])
+@pytest.mark.parametrize("options,gain", [({}, "unit_norm"), ({"log8": True}, "least_squares")], ids=str)
+def test_tokens_go_where_device_lengths_say(options, gain, pool, tokens, monkeypatch):
+    pair = [replace(spec, gain=gain) for spec in specs(**options)]
+    goes_where_lengths_say(pair, drawn(tokens, 32, torch.float32), pool, monkeypatch)
+
+
+@pytest.mark.parametrize("width,options,gain,pool,dtype,tokens,dim", [
+    (1, {"log8": True}, "least_squares", False, torch.float16, 40, 32),
+    (2, {}, "unit_norm", True, torch.bfloat16, 40, 64),
+    (3, {"centred": True}, "least_squares", True, torch.float16, 300, 32),
+    (3, {}, "unit_norm", False, torch.bfloat16, 40, 16),
+    (4, {"centred": True, "log8": True}, "unit_norm", False, torch.float16, 140, 128),
+], ids=str)  # fmt: skip
+def test_prompts_of_whole_heads_go_where_device_lengths_say(width, options, gain, pool, dtype, tokens, dim, monkeypatch):
+    pair = [replace(synthetic.spec(2, dim, width, device=DEVICE, **options), gain=gain) for _ in range(2)]
+    assert encode_whole.served(tuple(pair))
+    goes_where_lengths_say(pair, drawn(tokens, dim, dtype), pool, monkeypatch)
+
+
+def test_one_stream_of_whole_heads_beside_mixed_widths(monkeypatch):
+    pair = specs()
+    assert not encode_whole.served(tuple(pair)) and encode_whole.served((pair[1],))
+    goes_where_lengths_say(pair, drawn(40, 32, torch.float16), False, monkeypatch)
+
+
+def test_levels_that_are_not_symmetric_are_not_coded_by_magnitude(monkeypatch):
+    pair = [replace(spec, levels=spec.levels + 0.25) for spec in (synthetic.spec(2, 32, 3, device=DEVICE),) * 2]
+    assert not encode_whole.served(tuple(pair))
+    goes_where_lengths_say(pair, drawn(40, 32, torch.float16), False, monkeypatch)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_token_of_zeros_takes_the_codes_of_the_definition(dtype, monkeypatch):
+    pair = [synthetic.spec(2, 32, 3, device=DEVICE) for _ in range(2)]
+    goes_where_lengths_say(pair, [torch.zeros_like(x) for x in drawn(40, 32, dtype)], False, monkeypatch)
 
 
 def test_zeros_have_gain_zero():
@@ -75,7 +116,7 @@ def test_zeros_have_gain_zero():
 
 
 def test_tokens_of_another_type_leave_the_tables_of_the_first():
-    pair = specs()
+    pair = [specs()[0]] * 2
     encoder, starts = encode.Encoder(*pair), torch.zeros(1, dtype=torch.int32, device=DEVICE)
     x = torch.randn(1, 2, 3, 32, generator=torch.Generator().manual_seed(5)).to(DEVICE)
     found, made = [], []

@@ -1,0 +1,155 @@
+"""Triton: prompts of heads that are one segment of 1 to 4 bits with levels symmetric about zero, keys and values in one launch.
+
+A program of four warps keeps a head's rotation in shared memory and codes 128 tokens after the other. Tokens are the rows of the product,
+so a token's norm and gain are sums within a quad of lanes; rows are ordered so that a warp holds whole pages: four tokens of a lane are
+tokens j, j + 8, j + 16 and j + 24 of one page. Codes leave the lanes as fields of 16 bits and become words in registers, by a transposed
+8 x 8 matrix and two shuffles.
+
+`rotation` [PARTS, heads, D, D]: matrices of the tokens' type that add up to it. `books` [.., 16] per head: thresholds of the magnitude by bisection,
+node n's children at 2 n and 2 n + 1, then its 2**(WIDTH - 1) levels as leaves; their lowest bits are the code of the negative level, see `kernels.encode`.
+"""
+
+import triton
+import triton.language as tl
+
+_ROUND = tl.constexpr("{ .reg .b32 a, b; shfl.sync.bfly.b32 a, $1, 1, 31, -1; prmt.b32 b, $1, a, $2; shfl.sync.bfly.b32 a, b, 2, 31, -1; prmt.b32 $0, b, a, $3; }")
+
+
+@triton.jit
+def _level(v, book, WIDTH: tl.constexpr):
+    """The level nearest to the magnitude of v."""
+    if WIDTH == 1:
+        return tl.load(book + 1) + tl.zeros_like(v)
+    u = tl.abs(v)
+    upper = u > tl.load(book + 1)
+    if WIDTH == 2:
+        return tl.where(upper, tl.load(book + 3), tl.load(book + 2))
+    above = u > tl.where(upper, tl.load(book + 3), tl.load(book + 2))
+    if WIDTH == 3:
+        return tl.where(above, tl.where(upper, tl.load(book + 7), tl.load(book + 5)), tl.where(upper, tl.load(book + 6), tl.load(book + 4)))
+    low = tl.where(upper, tl.load(book + 6), tl.load(book + 4))
+    most = u > tl.where(above, tl.where(upper, tl.load(book + 7), tl.load(book + 5)), low)
+    odd = tl.where(above, tl.where(upper, tl.load(book + 15), tl.load(book + 11)), tl.where(upper, tl.load(book + 13), tl.load(book + 9)))
+    even = tl.where(above, tl.where(upper, tl.load(book + 14), tl.load(book + 10)), tl.where(upper, tl.load(book + 12), tl.load(book + 8)))
+    return tl.where(most, odd, even)
+
+
+@triton.jit
+def _words(fields, WIDTH: tl.constexpr, DIM: tl.constexpr, ASM: tl.constexpr):
+    """Words [4 pages, 8, D / 8, 4]: word k of position 8 n + a at [:, a, n, k], from fields [4 pages, 8 tokens, D] of 16 bits."""
+    e = tl.arange(0, 2)
+    if ASM:
+        pairs = tl.sum(tl.reshape(fields, [4, 8, DIM // 8, 4, 2]) << (16 * e), 4)
+        pairs = tl.inline_asm_elementwise("movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", "=r,r", [pairs], dtype=tl.int32, is_pure=True, pack=1)
+    else:
+        pairs = tl.sum(tl.reshape(fields, [4, 4, 2, DIM // 8, 8]) << (16 * e)[:, None, None], 2)
+        pairs = tl.permute(pairs, (0, 3, 2, 1))
+    low = pairs & 0x0F0F0F0F
+    low = (low | (low >> 12)) & 0xFFFF
+    high = (pairs >> 4) & 0x0F0F0F0F
+    if WIDTH % 2 == 1:
+        high = (high | (high >> 1)) & 0x03030303
+        high = (high | (high >> 6)) & 0x000F000F
+        high = (high | (high >> 12)) & 0xFF
+    else:
+        high = (high | (high >> 12)) & 0xFFFF
+    part = high if WIDTH == 1 else (low if WIDTH == 2 else low | (high << 16))
+    lane = tl.arange(0, 4)
+    if ASM:
+        first, second = tl.where(lane % 2 == 0, 0x6240, 0x3715), tl.where(lane < 2, 0x5410, 0x3276)
+        none = tl.zeros_like(part)
+        args = [part, none + first, none + second]
+        return tl.inline_asm_elementwise(_ROUND, "=r,r,r,r", args, dtype=tl.int32, is_pure=True, pack=1)
+    byte = (part[:, :, :, :, None] >> (8 * lane)) & 0xFF
+    return tl.sum(byte << (8 * lane)[:, None], 3)
+
+
+@triton.jit
+def encode_whole(
+    keys, values, key_words, key_sides, value_words, value_sides, rotation, shift, rows, books, starts, counts, pages,
+    kb, kh, kt, vb, vh, vt, kwb, kwh, ksb, key_rows, vwb, vwh, vsb, value_rows, pages_stride, part,
+    HEADS: tl.constexpr, DIM: tl.constexpr, KEY_PAGE: tl.constexpr, VALUE_PAGE: tl.constexpr, WIDTH: tl.constexpr,
+    KEY_LOG8: tl.constexpr, VALUE_LOG8: tl.constexpr, KEY_SQUARES: tl.constexpr, VALUE_SQUARES: tl.constexpr,
+    PARTS: tl.constexpr, CENTRED: tl.constexpr, TABLE: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """keys, values [B, H, T, D] (strides kb.. vt, D contiguous): tokens starts[b] .. starts[b] + counts[b] - 1 of the cache."""
+    head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    is_value = head >= HEADS
+    start, count = tl.load(starts + batch), tl.load(counts + batch)
+    at_head = tl.where(is_value, head - HEADS, head)
+    source = tl.where(is_value, values + batch * vb + at_head * vh, keys + batch * kb + at_head * kh)
+    stride = tl.where(is_value, vt, kt)
+    words = tl.where(is_value, value_words + batch * vwb + at_head * vwh, key_words + batch * kwb + at_head * kwh)
+    sides = tl.where(is_value, value_sides + batch * vsb, key_sides + batch * ksb) + tl.load(rows + head) * 32
+    page_words, page_sides = tl.where(is_value, VALUE_PAGE, KEY_PAGE), tl.where(is_value, value_rows, key_rows) * 32
+    squares, log8 = tl.where(is_value, VALUE_SQUARES, KEY_SQUARES), tl.where(is_value, VALUE_LOG8, KEY_LOG8)
+    book = books + head * 16
+    row, d, p = tl.arange(0, 128), tl.arange(0, DIM), tl.arange(0, DIM)
+    slot = 16 * (row // 64) + row // 8 % 2 * 8 + row % 8
+    of_row = 32 * (row // 16 % 4) + slot  # a warp's rows are those of a page
+    at = 8 * (row // 64) + row // 8 % 2 * 2  # of a field
+    turn = rotation + head * DIM * DIM + p[None, :] * DIM + d[:, None]
+    high = tl.load(turn)
+    middle = tl.load(turn + part) if PARTS > 1 else high
+    low = tl.load(turn + 2 * part) if PARTS > 2 else high
+    MASK: tl.constexpr = 16 if WIDTH == 1 else (3 if WIDTH == 2 else (19 if WIDTH == 3 else 51))
+    first = start // 32
+    last = (start + count + 31) // 32
+    tiles = tl.where(count > 0, (last - first + 3) // 4, 0)
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        base = first + 4 * tile
+        token = base * 32 + of_row - start
+        fresh = (token >= 0) & (token < count)
+        x = tl.load(source + token.to(tl.int64)[:, None] * stride + d[None, :], mask=fresh[:, None], other=0)
+        if ASM:
+            y = tl.dot(x, low) if PARTS > 2 else tl.zeros([128, DIM], tl.float32)
+            y = tl.dot(x, middle, acc=y) if PARTS > 1 else y
+            y = tl.dot(x, high, acc=y)
+        else:
+            whole = high.to(tl.float32)
+            if PARTS > 1:
+                whole += middle.to(tl.float32)
+            if PARTS > 2:
+                whole += low.to(tl.float32)
+            y = tl.dot(x.to(tl.float32), whole, input_precision="ieee")
+        if CENTRED:
+            y -= tl.load(shift + head * DIM + p)[None, :]
+        norm = tl.sqrt(tl.sum(y * y, 1))
+        down = tl.where(norm > 0, -(DIM**0.5) / tl.where(norm > 0, norm, 1.0), 0.0)
+        v = y * down[:, None] + 0.0  # never -0.0: its sign says whether y is positive
+        level = _level(v, book, WIDTH)
+        power = tl.sum(level * level, 1)
+        sign = v.to(tl.int32, bitcast=True) >> 31
+        bits = level.to(tl.int32, bitcast=True)
+        if KEY_SQUARES or VALUE_SQUARES:
+            inner = tl.sum(tl.abs(y) * level, 1)
+            gain = tl.where(squares, inner / power, norm / tl.sqrt(power))
+        else:
+            gain = norm / tl.sqrt(power)
+        if KEY_LOG8 or VALUE_LOG8:
+            byte = tl.floor(8 * tl.log2(tl.maximum(gain, 2.0**-30)) + 0.5) + 128
+            gain = tl.where(log8, tl.minimum(tl.maximum(byte, 0.0), 255.0), gain)
+        of_page = base + row // 16 % 4
+        inside = of_page < last
+        if TABLE:
+            of_page = tl.load(pages + batch * pages_stride + of_page, mask=inside, other=0)
+        tl.store(sides + of_page.to(tl.int64) * page_sides + slot, gain.to(sides.dtype.element_ty), mask=fresh)
+        fields = ((bits ^ sign) & MASK) * tl.where(fresh, 1 << at, 0)[:, None]
+        fields = tl.sum(tl.sum(tl.reshape(fields, [2, 4, 2, 8, DIM]), 2), 0)
+        found = _words(fields, WIDTH, DIM, ASM)
+        page = base + tl.arange(0, 4)
+        inside = page < last
+        if TABLE:
+            page = tl.load(pages + batch * pages_stride + page, mask=inside, other=0)
+        a, n, k = tl.arange(0, 8), tl.arange(0, DIM // 8), tl.arange(0, 4)
+        target = words + (page.to(tl.int64) * page_words)[:, None, None, None] + (8 * n[:, None] + k * DIM)[None, None, :, :] + a[None, :, None, None]
+        mine = inside[:, None, None, None] & (k < WIDTH)[None, None, None, :]
+        if (tile == 0) & (start % 32 > 0):  # a page begun keeps the bits of its tokens
+            begun = tl.arange(0, 32)
+            bit = tl.where(begun < 16, 0, 1)
+            old = tl.where((k == 2)[:, None] & (WIDTH == 3) | (WIDTH == 1), 1 << (4 * (begun % 8) + begun // 8)[None, :], 0)
+            pair = tl.where((k % 2)[:, None] == bit[None, :], 3 << (4 * (begun % 8) + begun // 8 % 2 * 2)[None, :], 0)
+            keep = tl.sum(tl.where((begun < start % 32)[None, :], tl.where((k == 2)[:, None] & (WIDTH == 3) | (WIDTH == 1), old, pair), 0), 1)
+            keep = tl.where((tl.arange(0, 4) == 0)[:, None], keep[None, :], 0)
+            found |= tl.load(target, mask=mine & (keep != 0)[:, None, None, :], other=0) & keep[:, None, None, :]
+        tl.store(target, found, mask=mine)
