@@ -119,7 +119,7 @@ class Encoder:
                 write(pages, part, starts, counts)
             return
         xs = [part if part.stride(-1) == 1 else part.contiguous() for part in xs]
-        if self._whole and tokens > 1 and x.dtype in encode_whole.PARTS:
+        if self._whole and tokens > 1 and x.dtype in encode_whole.TYPES:
             if (x.device, x.dtype) not in self._wholes:
                 self._wholes[x.device, x.dtype] = encode_whole.Whole(self.specs, x.device, x.dtype)
             self._wholes[x.device, x.dtype](held, xs, starts, counts)

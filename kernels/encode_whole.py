@@ -6,8 +6,8 @@ from torch import Tensor
 from kernels import backend
 from kernels.pages import Pages, Spec
 
-PARTS = {torch.float16: 2, torch.bfloat16: 3}
-"""Matrices of a type that add up to a rotation: to 22 bits, or 2**-25 of a vector's norm."""
+TYPES = (torch.float16, torch.bfloat16)
+AHEAD = True  # ask for the next step's tokens while this one is coded
 TOKENS = 128  # of a program's step
 _MIDDLE = 1e-6  # levels this symmetric about zero, relative to the largest, count as symmetric
 
@@ -36,7 +36,7 @@ class Whole:
         self.shift = (rest @ mean.unsqueeze(-1)).squeeze(-1).float()
         self.centred = any(s.mean is not None for s in specs)
         parts = []
-        for _ in range(PARTS[dtype]):
+        for _ in range(2):  # leaves 2**-25 of a float16 rotation, 2**-18 of a bfloat16 entry: at most 4e-6 of a vector's norm
             parts.append(rest.to(dtype))
             rest = rest - parts[-1].double()
         self.rotation = torch.stack(parts)
@@ -55,7 +55,7 @@ class Whole:
             starts, counts, counts if k.table is None else k.table, *kx.stride()[:3], *vx.stride()[:3], *k.strides()[:2], k.strides()[3], k.sides.shape[-2],
             *v.strides()[:2], v.strides()[3], v.sides.shape[-2], 0 if k.table is None else k.table.stride(0), self.rotation.stride(0),
             ks.heads, dim, k.strides()[2], v.strides()[2], self.width, ks.log8, vs.log8, ks.gain == "least_squares", vs.gain == "least_squares",
-            self.rotation.shape[0], self.centred, k.table is not None, backend.ASM, num_warps=4, num_stages=1,
+            self.centred, k.table is not None, backend.ASM, AHEAD, num_warps=4, num_stages=1,
         )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ so a token's norm and gain are sums within a quad of lanes; rows are ordered so 
 tokens j, j + 8, j + 16 and j + 24 of one page. Codes leave the lanes as fields of 16 bits and become words in registers, by a transposed
 8 x 8 matrix and two shuffles.
 
-`rotation` [PARTS, heads, D, D]: matrices of the tokens' type that add up to it. `books` [.., 16] per head: thresholds of the magnitude by bisection,
+`rotation` [2, heads, D, D]: matrices of the tokens' type that add up to it. `books` [.., 16] per head: thresholds of the magnitude by bisection,
 node n's children at 2 n and 2 n + 1, then its 2**(WIDTH - 1) levels as leaves; their lowest bits are the code of the negative level, see `kernels.encode`.
 """
 
@@ -70,7 +70,7 @@ def encode_whole(
     kb, kh, kt, vb, vh, vt, kwb, kwh, ksb, key_rows, vwb, vwh, vsb, value_rows, pages_stride, part,
     HEADS: tl.constexpr, DIM: tl.constexpr, KEY_PAGE: tl.constexpr, VALUE_PAGE: tl.constexpr, WIDTH: tl.constexpr,
     KEY_LOG8: tl.constexpr, VALUE_LOG8: tl.constexpr, KEY_SQUARES: tl.constexpr, VALUE_SQUARES: tl.constexpr,
-    PARTS: tl.constexpr, CENTRED: tl.constexpr, TABLE: tl.constexpr, ASM: tl.constexpr,
+    CENTRED: tl.constexpr, TABLE: tl.constexpr, ASM: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """keys, values [B, H, T, D] (strides kb.. vt, D contiguous): tokens starts[b] .. starts[b] + counts[b] - 1 of the cache."""
     head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
@@ -90,8 +90,7 @@ def encode_whole(
     at = 8 * (row // 64) + row // 8 % 2 * 2  # of a field
     turn = rotation + head * DIM * DIM + p[None, :] * DIM + d[:, None]
     high = tl.load(turn)
-    middle = tl.load(turn + part) if PARTS > 1 else high
-    low = tl.load(turn + 2 * part) if PARTS > 2 else high
+    low = tl.load(turn + part)
     MASK: tl.constexpr = 16 if WIDTH == 1 else (3 if WIDTH == 2 else (19 if WIDTH == 3 else 51))
     first = start // 32
     last = (start + count + 31) // 32
@@ -102,16 +101,13 @@ def encode_whole(
         fresh = (token >= 0) & (token < count)
         x = tl.load(source + token.to(tl.int64)[:, None] * stride + d[None, :], mask=fresh[:, None], other=0)
         if ASM:
-            y = tl.dot(x, low) if PARTS > 2 else tl.zeros([128, DIM], tl.float32)
-            y = tl.dot(x, middle, acc=y) if PARTS > 1 else y
-            y = tl.dot(x, high, acc=y)
+            if AHEAD:  # the next step's tokens on their way to L2
+                soon = tl.minimum(tl.maximum(token + 128 * tl.num_programs(0), 0), count - 1).to(tl.int64)
+                lines = source + soon[:, None] * stride + 64 * tl.arange(0, DIM // 64 if DIM > 64 else 1)[None, :]
+                tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [lines], dtype=tl.int32, is_pure=False, pack=1)
+            y = tl.dot(x, high, acc=tl.dot(x, low))
         else:
-            whole = high.to(tl.float32)
-            if PARTS > 1:
-                whole += middle.to(tl.float32)
-            if PARTS > 2:
-                whole += low.to(tl.float32)
-            y = tl.dot(x.to(tl.float32), whole, input_precision="ieee")
+            y = tl.dot(x.to(tl.float32), high.to(tl.float32) + low.to(tl.float32), input_precision="ieee")
         if CENTRED:
             y -= tl.load(shift + head * DIM + p)[None, :]
         norm = tl.sqrt(tl.sum(y * y, 1))
