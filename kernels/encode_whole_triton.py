@@ -35,33 +35,55 @@ def _level(v, book, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _words(fields, WIDTH: tl.constexpr, DIM: tl.constexpr, ASM: tl.constexpr):
-    """Words [4 pages, 8, D / 8, 4]: word k of position 8 n + a at [:, a, n, k], from fields [4 pages, 8 tokens, D] of 16 bits."""
-    e = tl.arange(0, 2)
+def words_of(fields, odd, PAIRS: tl.constexpr, DIM: tl.constexpr, ASM: tl.constexpr):
+    """Words [4 pages, 8, D / 8, 4]: word k of position 8 n + a at [:, a, n, k], from fields [4 pages, 8 tokens, D] of 16 bits.
+
+    Words 0 and 1 are the first plane of two bits. Words 2 and 3 are the second, or, `odd`, word 2 is the last bit. PAIRS: there is one plane of two bits and no more.
+    """
+    e, lane = tl.arange(0, 2), tl.arange(0, 4)
     if ASM:
         pairs = tl.sum(tl.reshape(fields, [4, 8, DIM // 8, 4, 2]) << (16 * e), 4)
         pairs = tl.inline_asm_elementwise("movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", "=r,r", [pairs], dtype=tl.int32, is_pure=True, pack=1)
     else:
         pairs = tl.sum(tl.reshape(fields, [4, 4, 2, DIM // 8, 8]) << (16 * e)[:, None, None], 2)
         pairs = tl.permute(pairs, (0, 3, 2, 1))
-    low = pairs & 0x0F0F0F0F
-    low = (low | (low >> 12)) & 0xFFFF
-    high = (pairs >> 4) & 0x0F0F0F0F
-    if WIDTH % 2 == 1:
-        high = (high | (high >> 1)) & 0x03030303
-        high = (high | (high >> 6)) & 0x000F000F
-        high = (high | (high >> 12)) & 0xFF
-    else:
-        high = (high | (high >> 12)) & 0xFFFF
-    part = high if WIDTH == 1 else (low if WIDTH == 2 else low | (high << 16))
-    lane = tl.arange(0, 4)
+    part = pairs & 0x0F0F0F0F
+    part = (part | (part >> 12)) & 0xFFFF
+    if not PAIRS:
+        high = (pairs >> 4) & 0x0F0F0F0F
+        if odd:
+            high = (high | (high >> 1)) & 0x03030303
+            high = (high | (high >> 6)) & 0x000F000F
+        part |= (high | (high >> 12)) << 16
     if ASM:
         first, second = tl.where(lane % 2 == 0, 0x6240, 0x3715), tl.where(lane < 2, 0x5410, 0x3276)
         none = tl.zeros_like(part)
-        args = [part, none + first, none + second]
-        return tl.inline_asm_elementwise(_ROUND, "=r,r,r,r", args, dtype=tl.int32, is_pure=True, pack=1)
+        return tl.inline_asm_elementwise(_ROUND, "=r,r,r,r", [part, none + first, none + second], dtype=tl.int32, is_pure=True, pack=1)
     byte = (part[:, :, :, :, None] >> (8 * lane)) & 0xFF
     return tl.sum(byte << (8 * lane)[:, None], 3)
+
+
+@triton.jit
+def put(pages, found, width, n, size, begun, inside):
+    """Store `found`, as :func:`words_of` gives it, where pages [4] begin a segment of n channels, for `size` positions of pages `inside`.
+
+    In the first page the bits of `begun` tokens stay.
+    """
+    a, at, k = tl.arange(0, 8), tl.arange(0, found.shape[2]), tl.arange(0, 4)
+    odd = width % 2 == 1
+    position = (8 * at[:, None] + a[None, :]).trans(1, 0)  # [8, D / 8]
+    row = tl.where((k > 1) & odd, width - 1, k)
+    mine = (k < 2) & (width > 1) | (k == 2) & odd | (k > 1) & (width == 4)
+    target = pages[:, None, None, None] + (position[:, :, None] + (row * n)[None, None, :])[None]
+    mask = inside[:, None, None, None] & ((position < size)[:, :, None] & mine[None, None, :])[None]
+    if begun > 0:
+        slot = tl.arange(0, 32)[None, :]
+        last = tl.where(k[:, None] == 2, 1 << (4 * (slot % 8) + slot // 8), 0)
+        pair = tl.where(k[:, None] % 2 == slot // 16, 3 << (4 * (slot % 8) + slot // 8 % 2 * 2), 0)
+        keep = tl.sum(tl.where(slot < begun, tl.where((k > 1)[:, None] & odd, last, pair), 0), 1)
+        keep = tl.where(tl.arange(0, 4)[:, None] == 0, keep[None, :], 0)[:, None, None, :] + tl.zeros_like(found)
+        found |= tl.load(target, mask=mask & (keep != 0), other=0) & keep
+    tl.store(target, found, mask=mask)
 
 
 @triton.jit
@@ -132,20 +154,9 @@ def encode_whole(
         tl.store(sides + of_page.to(tl.int64) * page_sides + slot, gain.to(sides.dtype.element_ty), mask=fresh)
         fields = ((bits ^ sign) & MASK) * tl.where(fresh, 1 << at, 0)[:, None]
         fields = tl.sum(tl.sum(tl.reshape(fields, [2, 4, 2, 8, DIM]), 2), 0)
-        found = _words(fields, WIDTH, DIM, ASM)
         page = base + tl.arange(0, 4)
         inside = page < last
         if TABLE:
             page = tl.load(pages + batch * pages_stride + page, mask=inside, other=0)
-        a, n, k = tl.arange(0, 8), tl.arange(0, DIM // 8), tl.arange(0, 4)
-        target = words + (page.to(tl.int64) * page_words)[:, None, None, None] + (8 * n[:, None] + k * DIM)[None, None, :, :] + a[None, :, None, None]
-        mine = inside[:, None, None, None] & (k < WIDTH)[None, None, None, :]
-        if (tile == 0) & (start % 32 > 0):  # a page begun keeps the bits of its tokens
-            begun = tl.arange(0, 32)
-            bit = tl.where(begun < 16, 0, 1)
-            old = tl.where((k == 2)[:, None] & (WIDTH == 3) | (WIDTH == 1), 1 << (4 * (begun % 8) + begun // 8)[None, :], 0)
-            pair = tl.where((k % 2)[:, None] == bit[None, :], 3 << (4 * (begun % 8) + begun // 8 % 2 * 2)[None, :], 0)
-            keep = tl.sum(tl.where((begun < start % 32)[None, :], tl.where((k == 2)[:, None] & (WIDTH == 3) | (WIDTH == 1), old, pair), 0), 1)
-            keep = tl.where((tl.arange(0, 4) == 0)[:, None], keep[None, :], 0)
-            found |= tl.load(target, mask=mine & (keep != 0)[:, None, None, :], other=0) & keep[:, None, None, :]
-        tl.store(target, found, mask=mine)
+        begun = tl.where(tile == 0, start % 32, 0)
+        put(words + page.to(tl.int64) * page_words, words_of(fields, WIDTH % 2 == 1, WIDTH == 2, DIM, ASM), WIDTH, DIM, DIM, begun, inside)
