@@ -8,7 +8,7 @@ threshold, relative to the vector's norm; a gain may differ by its last bit, and
 import torch
 from torch import Tensor
 
-from kernels import backend, encode_whole
+from kernels import backend, encode_segments, encode_whole
 from kernels.pages import PAGE, Pages, Spec
 from kernels.scalar import nearest
 
@@ -70,15 +70,15 @@ class Encoder:
 
     def __init__(self, *specs: Spec):
         self.specs = specs
-        self._tables: dict[tuple[torch.device, torch.dtype], _Tables] = {}  # none is replaced: a captured graph reads those it was captured with
-        self._wholes: dict[tuple[torch.device, torch.dtype], encode_whole.Whole] = {}
+        # None is replaced: a captured graph reads those it was captured with. Launches code prompts of 16-bit tokens, tables all else.
+        self._tables: dict[tuple[torch.device, torch.dtype], _Tables] = {}
+        self._launches: dict[tuple[torch.device, torch.dtype], encode_whole.Whole | encode_segments.Segments] = {}
         # A launch writes sides of one type; streams of different types take one launch each.
         self._apart = [Encoder(spec) for spec in specs] if len({spec.stored for spec in specs}) > 1 else []
-        self._whole = encode_whole.served(specs) and not self._apart
+        self._whole, self._symmetric = encode_whole.served(specs), encode_whole.symmetric(specs)
         # So do prompts of which one stream alone is coded whole.
-        self._prompts = self._apart or ([] if self._whole or len(specs) == 1 else [Encoder(spec) for spec in specs])
-        if not any(encoder._whole for encoder in self._prompts):
-            self._prompts = self._apart
+        alone = [encode_whole.served((spec,)) for spec in specs]
+        self._prompts = self._apart or ([Encoder(spec) for spec in specs] if any(alone) and not self._whole else [])
 
     def take(self, held: list[Pages], xs: list[Tensor]) -> bool:
         """Code xs, [B, H, T, D] for each stream, behind the tokens of `held`, which grow as needed; one value is read back to the host.
@@ -119,10 +119,12 @@ class Encoder:
                 write(pages, part, starts, counts)
             return
         xs = [part if part.stride(-1) == 1 else part.contiguous() for part in xs]
-        if self._whole and tokens > 1 and x.dtype in encode_whole.TYPES:
-            if (x.device, x.dtype) not in self._wholes:
-                self._wholes[x.device, x.dtype] = encode_whole.Whole(self.specs, x.device, x.dtype)
-            self._wholes[x.device, x.dtype](held, xs, starts, counts)
+        if self._symmetric and tokens > 1 and x.dtype in encode_whole.TYPES:
+            if (x.device, x.dtype) not in self._launches:
+                layouts = [pages.layout for pages in held]
+                launch = encode_whole.Whole(self.specs, x.device, x.dtype) if self._whole else encode_segments.Segments(self.specs, layouts, x.device, x.dtype)
+                self._launches[x.device, x.dtype] = launch
+            self._launches[x.device, x.dtype](held, xs, starts, counts)
             return
         from kernels import encode_triton as twin
 

@@ -13,12 +13,29 @@ _MIDDLE = 1e-6  # levels this symmetric about zero, relative to the largest, cou
 
 
 def served(specs: tuple[Spec, ...]) -> bool:
-    """Whether one launch codes prompts of these streams: every head one segment, one width of 1 to 4 bits, symmetric levels, 16 to 128 channels."""
-    segments = [seg for spec in specs for seg in spec.segments]
-    if any(len(spec.segments) != spec.heads or spec.dim > 128 for spec in specs) or len({seg.width for seg in segments}) > 1 or segments[0].width > 4:
-        return False
-    books = torch.stack([spec.levels[seg.book : seg.book + 2**seg.width] for spec in specs for seg in spec.segments]).double()
-    return bool(((books + books.flip(1)).abs().amax(1) <= _MIDDLE * books.abs().amax(1)).all())
+    """Whether one launch codes prompts of these streams: every head one segment, all of one width of 1 to 4 bits, symmetric levels, at most 128 channels."""
+    widths = {seg.width for spec in specs for seg in spec.segments}
+    return symmetric(specs) and len(widths) == 1 and max(widths) <= 4 and all(len(spec.segments) == spec.heads for spec in specs)
+
+
+def symmetric(specs: tuple[Spec, ...]) -> bool:
+    """Whether the levels of all segments are symmetric about zero, and heads have at most 128 channels: what coding by magnitude needs."""
+    books = {(i, seg.book, seg.width) for i, spec in enumerate(specs) for seg in spec.segments}
+    found = (specs[i].levels[book : book + 2**width].double() for i, book, width in books)
+    return max(spec.dim for spec in specs) <= 128 and all(bool((x + x.flip(0)).abs().amax() <= _MIDDLE * x.abs().amax()) for x in found)
+
+
+def matrices(specs: tuple[Spec, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Rotations of all heads, by stored position, as two matrices of `dtype` that add up to them [2, heads, D, D], and the rotated means [heads, D] float32.
+
+    What they leave is 2**-25 of an entry of a float16 matrix and 2**-18 of a bfloat16 entry itself: at most 4e-6 of a vector's norm.
+    """
+    dim = specs[0].dim
+    eye = torch.eye(dim, device=device)[None]
+    rotation = torch.cat([(eye if s.rotation is None else s.rotation.to(device)).expand(s.heads, -1, -1) for s in specs]).double()
+    mean = torch.cat([torch.zeros(s.heads, dim, device=device) if s.mean is None else s.mean.to(device) for s in specs]).double()
+    high = rotation.to(dtype)
+    return torch.stack([high, (rotation - high.double()).to(dtype)]), (rotation @ mean.unsqueeze(-1)).squeeze(-1).float()
 
 
 class Whole:
@@ -28,18 +45,10 @@ class Whole:
         self.specs, self.width = specs, specs[0].segments[0].width
         heads = [(spec, seg, row) for spec in specs for row, seg in sorted(enumerate(spec.segments), key=lambda pair: pair[1].head)]
         self.rows = torch.tensor([row for _, _, row in heads], dtype=torch.int32, device=device)
-        self.books = torch.stack([_book(spec.levels[seg.book : seg.book + 2**seg.width].cpu()) for spec, seg, _ in heads]).to(device)
-        dim = specs[0].dim
-        eye = torch.eye(dim, device=device)[None]
-        rest = torch.cat([(eye if s.rotation is None else s.rotation.to(device)).expand(s.heads, -1, -1) for s in specs]).double()
-        mean = torch.cat([torch.zeros(s.heads, dim, device=device) if s.mean is None else s.mean.to(device) for s in specs]).double()
-        self.shift = (rest @ mean.unsqueeze(-1)).squeeze(-1).float()
-        self.centred = any(s.mean is not None for s in specs)
-        parts = []
-        for _ in range(2):  # leaves 2**-25 of a float16 rotation, 2**-18 of a bfloat16 entry: at most 4e-6 of a vector's norm
-            parts.append(rest.to(dtype))
-            rest = rest - parts[-1].double()
-        self.rotation = torch.stack(parts)
+        books = [book(spec.levels[seg.book : seg.book + 2**seg.width]) for spec, seg, _ in heads]
+        self.books = torch.tensor([numbers + [0.0] * (16 - len(numbers)) for numbers in books], device=device)
+        self.rotation, self.shift = matrices(specs, dtype, device)
+        self.centred = any(spec.mean is not None for spec in specs)
 
     def __call__(self, held: list[Pages], xs: list[Tensor], starts: Tensor, counts: Tensor) -> None:
         """Code xs, [B, H, T, D] for each stream with D contiguous, into pages that have room. starts, counts [B] int32 on the device."""
@@ -59,21 +68,18 @@ class Whole:
         )  # fmt: skip
 
 
-def _book(levels: Tensor) -> Tensor:
-    """float32 [16]: thresholds of the magnitude by bisection from index 1 on, then its levels; in a level's lowest bits the code of its negative, spread.
+def book(levels: Tensor) -> list[float]:
+    """Thresholds of the magnitude by bisection, node n's children at 2 n and 2 n + 1, then its levels; in their lowest bits, to 4 bits of width, a code.
 
-    Bits 0 and 1 of a code lie at 0 and 1, 2 and 3 at 4 and 5; of an odd width the last at 4. The code of the positive level is the complement.
-    A level moves by 51 of its 2**23 units at most, which a gain of 11 bits does not show.
+    It is the code of the negative level, that of the positive one its complement; bits 0 and 1 lie at 0 and 1, 2 and 3 at 4 and 5, the last of an odd
+    width at 4. A level moves by 51 of its 2**23 units at most, which a gain of 11 bits does not show.
     """
     width = len(levels).bit_length() - 1
-    upper = levels.double()[len(levels) // 2 :]
+    upper = levels.cpu()[len(levels) // 2 :]
     count, nodes, span = len(upper), [0.0], len(upper)
     while span > 1:
-        nodes += [float(upper[at - 1] + upper[at]) / 2 for at in range(span // 2, count, span)]
+        nodes += [float(upper[at - 1].double() + upper[at].double()) / 2 for at in range(span // 2, count, span)]
         span //= 2
     code = count - 1 - torch.arange(count, dtype=torch.int32)
-    spread = code & 3 | (code >> 2 & 3) << 4
-    marked = (upper.float().view(torch.int32) & ~51 | spread).view(torch.float32)
-    book = torch.zeros(16)
-    book[:count], book[count : 2 * count] = torch.tensor(nodes[:count]), marked
-    return book if width > 1 else torch.cat([torch.zeros(1), marked, torch.zeros(14)])
+    marked = upper.float().view(torch.int32) & ~51 | code & 3 | (code >> 2 & 3) << 4
+    return nodes + (marked.view(torch.float32) if width <= 4 else upper).tolist()

@@ -16,7 +16,7 @@ _ROUND = tl.constexpr("{ .reg .b32 a, b; shfl.sync.bfly.b32 a, $1, 1, 31, -1; pr
 
 
 @triton.jit
-def _level(v, book, WIDTH: tl.constexpr):
+def level_of(v, book, WIDTH: tl.constexpr):
     """The level nearest to the magnitude of v."""
     if WIDTH == 1:
         return tl.load(book + 1) + tl.zeros_like(v)
@@ -72,10 +72,9 @@ def put(pages, found, width, n, size, begun, inside):
     a, at, k = tl.arange(0, 8), tl.arange(0, found.shape[2]), tl.arange(0, 4)
     odd = width % 2 == 1
     position = (8 * at[:, None] + a[None, :]).trans(1, 0)  # [8, D / 8]
-    row = tl.where((k > 1) & odd, width - 1, k)
-    mine = (k < 2) & (width > 1) | (k == 2) & odd | (k > 1) & (width == 4)
+    row = tl.where(k < 2, k + tl.where(width == 1, 1, 0), tl.where(odd, width - 3 + k, k))  # from `width` on where there is no such word
     target = pages[:, None, None, None] + (position[:, :, None] + (row * n)[None, None, :])[None]
-    mask = inside[:, None, None, None] & ((position < size)[:, :, None] & mine[None, None, :])[None]
+    mask = inside[:, None, None, None] & ((position < size)[:, :, None] & (row < width)[None, None, :])[None]
     if begun > 0:
         slot = tl.arange(0, 32)[None, :]
         last = tl.where(k[:, None] == 2, 1 << (4 * (slot % 8) + slot // 8), 0)
@@ -135,7 +134,7 @@ def encode_whole(
         norm = tl.sqrt(tl.sum(y * y, 1))
         down = tl.where(norm > 0, -(DIM**0.5) / tl.where(norm > 0, norm, 1.0), 0.0)
         v = y * down[:, None] + 0.0  # never -0.0: its sign says whether y is positive
-        level = _level(v, book, WIDTH)
+        level = level_of(v, book, WIDTH)
         power = tl.sum(level * level, 1)
         sign = v.to(tl.int32, bitcast=True) >> 31
         bits = level.to(tl.int32, bitcast=True)

@@ -92,6 +92,23 @@ def test_prompts_of_whole_heads_go_where_device_lengths_say(width, options, gain
     goes_where_lengths_say(pair, drawn(tokens, dim, dtype), pool, monkeypatch)
 
 
+@pytest.mark.parametrize("options,gain,pool,dtype,tokens,dim,bits", [
+    ({}, "unit_norm", False, torch.float16, 40, 32, 3.0),
+    ({"centred": True, "log8": True}, "least_squares", True, torch.bfloat16, 140, 128, 4.5),
+], ids=str)  # fmt: skip
+def test_prompts_of_segments_go_where_device_lengths_say(options, gain, pool, dtype, tokens, dim, bits, monkeypatch):
+    draws = [synthetic.draw_widths(2, dim // 2, bits, 1.5, torch.Generator().manual_seed(seed)) for seed in (0, 1)]
+    pair = [replace(synthetic.spec(2, dim, widths, device=DEVICE, **options), gain=gain) for widths in draws]
+    assert encode_whole.symmetric(tuple(pair)) and not any(encode_whole.served((spec,)) for spec in pair)
+    goes_where_lengths_say(pair, drawn(tokens, dim, dtype), pool, monkeypatch)
+
+
+@pytest.mark.parametrize("width", [5, 6, 7, 8])
+def test_prompts_of_wide_codes_go_where_device_lengths_say(width, monkeypatch):
+    pair = [synthetic.spec(2, 16, width, device=DEVICE) for _ in range(2)]
+    goes_where_lengths_say(pair, drawn(40, 16, torch.float16), False, monkeypatch)
+
+
 def test_one_stream_of_whole_heads_beside_mixed_widths(monkeypatch):
     pair = specs()
     assert not encode_whole.served(tuple(pair)) and encode_whole.served((pair[1],))
@@ -100,7 +117,7 @@ def test_one_stream_of_whole_heads_beside_mixed_widths(monkeypatch):
 
 def test_levels_that_are_not_symmetric_are_not_coded_by_magnitude(monkeypatch):
     pair = [replace(spec, levels=spec.levels + 0.25) for spec in (synthetic.spec(2, 32, 3, device=DEVICE),) * 2]
-    assert not encode_whole.served(tuple(pair))
+    assert not encode_whole.symmetric(tuple(pair))
     goes_where_lengths_say(pair, drawn(40, 32, torch.float16), False, monkeypatch)
 
 
@@ -124,6 +141,6 @@ def test_tokens_of_another_type_leave_the_tables_of_the_first():
         held = [filled(spec, 1, 32) for spec in pair]
         encoder.append(held, [x.to(dtype)] * 2, starts, starts + 3)
         found.append([part for pages in held for part in pages.symbols()])
-        made.append(encoder._tables[x.device, dtype])
+        made.append((encoder._tables | encoder._launches)[x.device, dtype])
     assert made[2] is made[0] and made[1] is not made[0]  # a captured graph goes on reading them
     assert all(torch.equal(a, b) for a, b in zip(found[0], found[2]))
