@@ -19,10 +19,7 @@ from kernels.encode_whole_triton import level_of, put, words_of
 def _turned(x, rows, shift, part, ASM: tl.constexpr):
     """Tokens x [128, D] times 32 rows of a rotation, float32 [128, 32]."""
     high, low = tl.trans(tl.load(rows)), tl.trans(tl.load(rows + part))
-    if ASM:
-        y = tl.dot(x, high, acc=tl.dot(x, low))
-    else:
-        y = tl.dot(x, high.to(tl.float32) + low.to(tl.float32), input_precision="ieee")
+    y = tl.dot(x, high, acc=tl.dot(x, low)) if ASM else tl.dot(x, high.to(tl.float32) + low.to(tl.float32), input_precision="ieee")
     return y - tl.load(shift)[None, :]
 
 
