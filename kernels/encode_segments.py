@@ -7,7 +7,7 @@ from kernels import backend
 from kernels.encode_whole import TOKENS, book, matrices
 from kernels.pages import Pages, Spec
 
-POSITIONS = 32  # of a tile
+POSITIONS, WIDE = 32, 8  # of a tile, and of one whose codes have more than 4 bits
 
 
 class Segments:
@@ -26,8 +26,9 @@ class Segments:
                     if at_book == len(heap):
                         heap += book(spec.levels[seg.book : seg.book + 2**seg.width])
                     begin = len(tiles[-1])
-                    for at in range(0, seg.size, POSITIONS):
-                        tiles[-1].append([seg.width, layout.bases[row] + at, seg.size, at_book, min(POSITIONS, seg.size - at), seg.start + at, 0, 0])
+                    most = POSITIONS if seg.width <= 4 else WIDE
+                    for at in range(0, seg.size, most):
+                        tiles[-1].append([seg.width, layout.bases[row] + at, seg.size, at_book, min(most, seg.size - at), seg.start + at, 0, 0])
                     groups[-1].append([begin, len(tiles[-1]), row, seg.size])
         integers = lambda lists: torch.tensor([x + [[0] * len(x[0])] * (max(map(len, lists)) - len(x)) for x in lists], dtype=torch.int32, device=device)  # noqa: E731
         self.specs, self.tiles, self.groups, self.heap = specs, integers(tiles), integers(groups), torch.tensor(heap, device=device)
@@ -46,5 +47,5 @@ class Segments:
             starts, counts, counts if k.table is None else k.table, *kx.stride()[:3], *vx.stride()[:3], *k.strides()[:2], k.strides()[3], k.sides.shape[-2],
             *v.strides()[:2], v.strides()[3], v.sides.shape[-2], 0 if k.table is None else k.table.stride(0), self.rotation.stride(0),
             ks.heads, self.tiles.shape[1], self.groups.shape[1], dim, k.strides()[2], v.strides()[2], ks.log8, vs.log8,
-            ks.gain == "least_squares", vs.gain == "least_squares", k.table is not None, backend.ASM, num_warps=4, num_stages=1,
+            ks.gain == "least_squares", vs.gain == "least_squares", any(s.mean is not None for s in self.specs), k.table is not None, backend.ASM, num_warps=4, num_stages=1,
         )  # fmt: skip

@@ -1,7 +1,8 @@
 """Triton: prompts of heads of several segments, any widths from 1 to 8, levels symmetric about zero, keys and values in one launch.
 
-As :mod:`kernels.encode_whole_triton`, but a program of four warps codes 128 tokens once, 32 stored positions of one segment after the other: the tokens
-stay in registers, the rotation's rows pass through shared memory. A segment of more positions is turned twice, first for its norm.
+As :mod:`kernels.encode_whole_triton`, but a program of four warps codes 128 tokens once, 32 stored positions of one segment after the other, of 5 to 8 bits 8;
+the rotation's rows pass through shared memory. A segment of more positions is turned twice, first for its norm. What is left of a segment, up to 8 positions,
+is coded by bisection with one load per step, which serves any width.
 
 `rotation` [2, heads, D + 32, D]: matrices of the tokens' type that add up to it. `tiles` [.., 8] per head: width, first word, channels of the segment,
 first number in `heap`, positions, first position. `groups` [.., 4]: first tile, last + 1, row of sides, channels. `heap`: as `books` there, but of 5 to 8 bits
@@ -16,11 +17,31 @@ from kernels.encode_whole_triton import level_of, put, words_of
 
 
 @triton.jit
-def _turned(x, rows, shift, part, ASM: tl.constexpr):
+def _turned(x, rows, shift, part, CENTRED: tl.constexpr, ASM: tl.constexpr):
     """Tokens x [128, D] times 32 rows of a rotation, float32 [128, 32]."""
     high, low = tl.trans(tl.load(rows)), tl.trans(tl.load(rows + part))
     y = tl.dot(x, high, acc=tl.dot(x, low)) if ASM else tl.dot(x, high.to(tl.float32) + low.to(tl.float32), input_precision="ieee")
-    return y - tl.load(shift)[None, :]
+    return y - tl.load(shift)[None, :] if CENTRED else y
+
+
+@triton.jit
+def _first(y):
+    """The first 8 of 32 columns."""
+    y, _ = tl.split(tl.permute(tl.reshape(y, [128, 2, 16]), (0, 2, 1)))
+    y, _ = tl.split(tl.permute(tl.reshape(y, [128, 2, 8]), (0, 2, 1)))
+    return y
+
+
+@triton.jit
+def _eight(y):
+    """Sums of columns 8 apart, [128, 8] of [128, 32]: nothing leaves its lane."""
+    return tl.sum(tl.reshape(y, [128, 4, 8]), 1)
+
+
+@triton.jit
+def _fields(code, weight):
+    """What four tokens of a page add to its words, [4 pages, 8, columns] from [128, columns]."""
+    return tl.sum(tl.sum(tl.reshape(code * weight, [2, 4, 2, 8, code.shape[1]]), 2), 0)
 
 
 @triton.jit
@@ -29,7 +50,7 @@ def encode_segments(
     kb, kh, kt, vb, vh, vt, kwb, kwh, ksb, key_rows, vwb, vwh, vsb, value_rows, pages_stride, part,
     HEADS: tl.constexpr, TILES: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, KEY_PAGE: tl.constexpr, VALUE_PAGE: tl.constexpr,
     KEY_LOG8: tl.constexpr, VALUE_LOG8: tl.constexpr, KEY_SQUARES: tl.constexpr, VALUE_SQUARES: tl.constexpr,
-    TABLE: tl.constexpr, ASM: tl.constexpr,
+    CENTRED: tl.constexpr, TABLE: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """keys, values [B, H, T, D] (strides kb.. vt, D contiguous): tokens starts[b] .. starts[b] + counts[b] - 1 of the cache."""
     head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
@@ -43,7 +64,7 @@ def encode_segments(
         sides = tl.where(is_value, value_sides + batch * vsb, key_sides + batch * ksb)
         page_words, page_sides = tl.where(is_value, VALUE_PAGE, KEY_PAGE), tl.where(is_value, value_rows, key_rows) * 32
         squares, log8 = tl.where(is_value, VALUE_SQUARES, KEY_SQUARES), tl.where(is_value, VALUE_LOG8, KEY_LOG8)
-        row, d, p = tl.arange(0, 128), tl.arange(0, DIM), tl.arange(0, 32)
+        row, d, p, p8 = tl.arange(0, 128), tl.arange(0, DIM), tl.arange(0, 32), tl.arange(0, 8)
         slot = 16 * (row // 64) + row % 16
         token = base * 32 + 32 * (row // 16 % 4) + slot - start
         fresh = (token >= 0) & (token < count)
@@ -62,52 +83,62 @@ def encode_segments(
         for g in range(GROUPS):
             at = groups + (head * GROUPS + g) * 4
             first, end, side, size = tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
-            sums, y = tl.zeros([128, 32], tl.float32), tl.zeros([128, 32], tl.float32)
+            sums, y = tl.zeros([128, 8], tl.float32), tl.zeros([128, 32], tl.float32)
             for t in range(end - first):  # backwards: the first stays
                 info = tiles + (head * TILES + end - 1 - t) * 8
-                place = tl.load(info + 5)
-                y = _turned(x, rows + place * DIM, means + place, part, ASM)
-                sums += tl.where((p < tl.load(info + 4))[None, :], y * y, 0.0)
+                here, place = tl.load(info + 4), tl.load(info + 5)
+                y = _turned(x, rows + place * DIM, means + place, part, CENTRED, ASM)
+                if here < 32:
+                    y = tl.where((p < here)[None, :], y, 0.0)
+                sums += _eight(y * y)
             norm = tl.sqrt(tl.sum(sums, 1))
             down = tl.where(norm > 0, -tl.sqrt(size.to(tl.float32)) / tl.where(norm > 0, norm, 1.0), 0.0)[:, None]
-            power, inner = tl.zeros([128, 32], tl.float32), tl.zeros([128, 32], tl.float32)
+            power, inner = tl.zeros([128, 8], tl.float32), tl.zeros([128, 8], tl.float32)
             for t in range(first, end):
                 info = tiles + (head * TILES + t) * 8
                 width, word, here, place = tl.load(info), tl.load(info + 1), tl.load(info + 4), tl.load(info + 5)
                 book = heap + tl.load(info + 3)
                 if t > first:
-                    y = _turned(x, rows + place * DIM, means + place, part, ASM)
-                v = y * down + 0.0  # never -0.0: its sign says whether y is positive
-                sign = v.to(tl.int32, bitcast=True) >> 31
-                if width == 3:
-                    level = level_of(v, book, 3)
-                    code = (level.to(tl.int32, bitcast=True) ^ sign) & 19
-                elif width == 2:
-                    level = level_of(v, book, 2)
-                    code = (level.to(tl.int32, bitcast=True) ^ sign) & 3
-                elif width == 4:
-                    level = level_of(v, book, 4)
-                    code = (level.to(tl.int32, bitcast=True) ^ sign) & 51
-                elif width == 1:
-                    level = level_of(v, book, 1)
-                    code = (level.to(tl.int32, bitcast=True) ^ sign) & 16
+                    y = _turned(x, rows + place * DIM, means + place, part, CENTRED, ASM)
+                if here > 8:
+                    v = y * down + 0.0  # never -0.0: its sign says whether y is positive
+                    sign = v.to(tl.int32, bitcast=True) >> 31
+                    if width == 3:
+                        level = level_of(v, book, 3)
+                        code = (level.to(tl.int32, bitcast=True) ^ sign) & 19
+                    elif width == 2:
+                        level = level_of(v, book, 2)
+                        code = (level.to(tl.int32, bitcast=True) ^ sign) & 3
+                    elif width == 4:
+                        level = level_of(v, book, 4)
+                        code = (level.to(tl.int32, bitcast=True) ^ sign) & 51
+                    else:
+                        level = level_of(v, book, 1)
+                        code = (level.to(tl.int32, bitcast=True) ^ sign) & 16
+                    put(at_page + word, words_of(_fields(code, weight), width % 2 == 1, False, 32, ASM), width, size, here, begun, inside)
+                    if here < 32:
+                        level = tl.where((p < here)[None, :], level, 0.0)
+                    power += _eight(level * level)
+                    if KEY_SQUARES or VALUE_SQUARES:
+                        inner += _eight(level * tl.abs(y))
                 else:
-                    node = tl.full([128, 32], 1, tl.int32)
+                    y8 = _first(y)
+                    v8 = y8 * down + 0.0
+                    sign8 = v8.to(tl.int32, bitcast=True) >> 31
+                    node = tl.full([128, 8], 1, tl.int32)
                     for _ in range(1, width):
-                        node = 2 * node + (tl.abs(v) > _at(book + node, ASM)).to(tl.int32)
-                    level = _at(book + node, ASM)
-                    code = (node ^ ~sign) & ((1 << width) - 1)
-                    high = code >> 4
-                    code = code & 3 | (code & 12) << 2
-                    high = tl.where(width == 5, high << 4, high & 3 | (high & 12) << 2) * weight
-                    high = tl.sum(tl.sum(tl.reshape(high, [2, 4, 2, 8, 32]), 2), 0)
-                    put(at_page + word + 4 * size, words_of(high, width % 2 == 1, False, 32, ASM), width - 4, size, here, begun, inside)
-                fields = tl.sum(tl.sum(tl.reshape(code * weight, [2, 4, 2, 8, 32]), 2), 0)
-                narrow = tl.minimum(width, 4)
-                put(at_page + word, words_of(fields, narrow % 2 == 1, False, 32, ASM), narrow, size, here, begun, inside)
-                level = tl.where((p < here)[None, :], level, 0.0)
-                power += level * level
-                inner += level * tl.abs(y)
+                        node = 2 * node + (tl.abs(v8) > _at(book + node, ASM)).to(tl.int32)
+                    level8 = tl.where((p8 < here)[None, :], _at(book + node, ASM), 0.0)
+                    code8 = (node ^ ~sign8) & ((1 << width) - 1)
+                    low = tl.where(width == 1, code8 << 4, code8 & 3 | (code8 & 12) << 2)
+                    narrow = tl.minimum(width, 4)
+                    put(at_page + word, words_of(_fields(low, weight), narrow % 2 == 1, False, 8, ASM), narrow, size, here, begun, inside)
+                    if width > 4:
+                        high = code8 >> 4
+                        high = tl.where(width == 5, high << 4, high & 3 | (high & 12) << 2)
+                        put(at_page + word + 4 * size, words_of(_fields(high, weight), width % 2 == 1, False, 8, ASM), width - 4, size, here, begun, inside)
+                    power += level8 * level8
+                    inner += level8 * tl.abs(y8)
             gain = tl.where(squares, tl.sum(inner, 1) / tl.sum(power, 1), norm / tl.sqrt(tl.sum(power, 1)))
             if KEY_LOG8 or VALUE_LOG8:
                 byte = tl.floor(8 * tl.log2(tl.maximum(gain, 2.0**-30)) + 0.5) + 128
