@@ -7,6 +7,7 @@ from kernels import backend
 from kernels.encode_whole import TOKENS, book, matrices
 from kernels.pages import Pages, Spec
 
+REGISTERS, LIMIT = True, {}  # tokens as an operand in registers; {"maxnreg": 168} for three programs per multiprocessor
 POSITIONS, WIDE = 32, 8  # of a tile, and of one whose codes have more than 4 bits
 
 
@@ -47,5 +48,6 @@ class Segments:
             starts, counts, counts if k.table is None else k.table, *kx.stride()[:3], *vx.stride()[:3], *k.strides()[:2], k.strides()[3], k.sides.shape[-2],
             *v.strides()[:2], v.strides()[3], v.sides.shape[-2], 0 if k.table is None else k.table.stride(0), self.rotation.stride(0),
             ks.heads, self.tiles.shape[1], self.groups.shape[1], dim, k.strides()[2], v.strides()[2], ks.log8, vs.log8,
-            ks.gain == "least_squares", vs.gain == "least_squares", any(s.mean is not None for s in self.specs), k.table is not None, backend.ASM, num_warps=4, num_stages=1,
+            ks.gain == "least_squares", vs.gain == "least_squares", any(s.mean is not None for s in self.specs), k.table is not None, backend.ASM,
+            REGISTERS, num_warps=4, num_stages=1, **LIMIT,
         )  # fmt: skip

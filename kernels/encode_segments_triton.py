@@ -50,7 +50,7 @@ def encode_segments(
     kb, kh, kt, vb, vh, vt, kwb, kwh, ksb, key_rows, vwb, vwh, vsb, value_rows, pages_stride, part,
     HEADS: tl.constexpr, TILES: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, KEY_PAGE: tl.constexpr, VALUE_PAGE: tl.constexpr,
     KEY_LOG8: tl.constexpr, VALUE_LOG8: tl.constexpr, KEY_SQUARES: tl.constexpr, VALUE_SQUARES: tl.constexpr,
-    CENTRED: tl.constexpr, TABLE: tl.constexpr, ASM: tl.constexpr,
+    CENTRED: tl.constexpr, TABLE: tl.constexpr, ASM: tl.constexpr, REGISTERS: tl.constexpr,
 ):  # fmt: skip
     """keys, values [B, H, T, D] (strides kb.. vt, D contiguous): tokens starts[b] .. starts[b] + counts[b] - 1 of the cache."""
     head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
@@ -69,7 +69,10 @@ def encode_segments(
         token = base * 32 + 32 * (row // 16 % 4) + slot - start
         fresh = (token >= 0) & (token < count)
         x = tl.load(source + token.to(tl.int64)[:, None] * tl.where(is_value, vt, kt) + d[None, :], mask=fresh[:, None], other=0)
-        x = tl.where(fresh[:, None], x, 0.0) if ASM else x.to(tl.float32)  # what is loaded only would be read from shared memory
+        if not ASM:  # the interpreter multiplies no bfloat16
+            x = x.to(tl.float32)
+        elif REGISTERS:  # what is loaded and nothing else would be an operand in shared memory
+            x = tl.where(fresh[:, None], x, 0.0)
         weight = tl.where(fresh, 1 << (8 * (row // 64) + row // 8 % 2 * 2), 0)[:, None]
         of_page, page = base + row // 16 % 4, base + tl.arange(0, 4)
         inside = page < last
@@ -91,8 +94,8 @@ def encode_segments(
                 if here < 32:
                     y = tl.where((p < here)[None, :], y, 0.0)
                 sums += _eight(y * y)
-            norm = tl.sqrt(tl.sum(sums, 1))
-            down = tl.where(norm > 0, -tl.sqrt(size.to(tl.float32)) / tl.where(norm > 0, norm, 1.0), 0.0)[:, None]
+            whole = tl.sum(sums, 1)
+            down = tl.where(whole > 0, -tl.sqrt(size.to(tl.float32)) * tl.rsqrt(whole), 0.0)[:, None]
             power, inner = tl.zeros([128, 8], tl.float32), tl.zeros([128, 8], tl.float32)
             for t in range(first, end):
                 info = tiles + (head * TILES + t) * 8
@@ -138,8 +141,11 @@ def encode_segments(
                         high = tl.where(width == 5, high << 4, high & 3 | (high & 12) << 2)
                         put(at_page + word + 4 * size, words_of(_fields(high, weight), width % 2 == 1, False, 8, ASM), width - 4, size, here, begun, inside)
                     power += level8 * level8
-                    inner += level8 * tl.abs(y8)
-            gain = tl.where(squares, tl.sum(inner, 1) / tl.sum(power, 1), norm / tl.sqrt(tl.sum(power, 1)))
+                    if KEY_SQUARES or VALUE_SQUARES:
+                        inner += level8 * tl.abs(y8)
+            gain = tl.sqrt(whole) * tl.rsqrt(tl.sum(power, 1))
+            if KEY_SQUARES or VALUE_SQUARES:
+                gain = tl.where(squares, tl.sum(inner, 1) / tl.sum(power, 1), gain)
             if KEY_LOG8 or VALUE_LOG8:
                 byte = tl.floor(8 * tl.log2(tl.maximum(gain, 2.0**-30)) + 0.5) + 128
                 gain = tl.where(log8, tl.minimum(tl.maximum(byte, 0.0), 255.0), gain)
