@@ -18,18 +18,10 @@ from kernels.encode_whole_triton import level_of, put, words_of
 
 @triton.jit
 def _turned(x, rows, shift, part, CENTRED: tl.constexpr, ASM: tl.constexpr):
-    """Tokens x [128, D] times 32 rows of a rotation, float32 [128, 32]."""
+    """Tokens x [128, D] times 8 or 32 rows of a rotation, float32 [128, rows]."""
     high, low = tl.trans(tl.load(rows)), tl.trans(tl.load(rows + part))
     y = tl.dot(x, high, acc=tl.dot(x, low)) if ASM else tl.dot(x, high.to(tl.float32) + low.to(tl.float32), input_precision="ieee")
     return y - tl.load(shift)[None, :] if CENTRED else y
-
-
-@triton.jit
-def _first(y):
-    """The first 8 of 32 columns."""
-    y, _ = tl.split(tl.permute(tl.reshape(y, [128, 2, 16]), (0, 2, 1)))
-    y, _ = tl.split(tl.permute(tl.reshape(y, [128, 2, 8]), (0, 2, 1)))
-    return y
 
 
 @triton.jit
@@ -83,17 +75,22 @@ def encode_segments(
         at_page = words + page.to(tl.int64) * page_words
         begun = tl.where(tl.program_id(0) == 0, start % 32, 0)
         rows, means = rotation + head * (DIM + 32) * DIM + p[:, None] * DIM + d[None, :], shift + head * (DIM + 32) + p
+        rows8, means8 = rotation + head * (DIM + 32) * DIM + p8[:, None] * DIM + d[None, :], shift + head * (DIM + 32) + p8
         for g in range(GROUPS):
             at = groups + (head * GROUPS + g) * 4
             first, end, side, size = tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
-            sums, y = tl.zeros([128, 8], tl.float32), tl.zeros([128, 32], tl.float32)
+            sums, y, y8 = tl.zeros([128, 8], tl.float32), tl.zeros([128, 32], tl.float32), tl.zeros([128, 8], tl.float32)
             for t in range(end - first):  # backwards: the first stays
                 info = tiles + (head * TILES + end - 1 - t) * 8
                 here, place = tl.load(info + 4), tl.load(info + 5)
-                y = _turned(x, rows + place * DIM, means + place, part, CENTRED, ASM)
-                if here < 32:
-                    y = tl.where((p < here)[None, :], y, 0.0)
-                sums += _eight(y * y)
+                if here > 8:
+                    y = _turned(x, rows + place * DIM, means + place, part, CENTRED, ASM)
+                    if here < 32:
+                        y = tl.where((p < here)[None, :], y, 0.0)
+                    sums += _eight(y * y)
+                else:
+                    y8 = tl.where((p8 < here)[None, :], _turned(x, rows8 + place * DIM, means8 + place, part, CENTRED, ASM), 0.0)
+                    sums += y8 * y8
             whole = tl.sum(sums, 1)
             down = tl.where(whole > 0, -tl.sqrt(size.to(tl.float32)) * tl.rsqrt(whole), 0.0)[:, None]
             power, inner = tl.zeros([128, 8], tl.float32), tl.zeros([128, 8], tl.float32)
@@ -101,9 +98,9 @@ def encode_segments(
                 info = tiles + (head * TILES + t) * 8
                 width, word, here, place = tl.load(info), tl.load(info + 1), tl.load(info + 4), tl.load(info + 5)
                 book = heap + tl.load(info + 3)
-                if t > first:
-                    y = _turned(x, rows + place * DIM, means + place, part, CENTRED, ASM)
                 if here > 8:
+                    if t > first:
+                        y = _turned(x, rows + place * DIM, means + place, part, CENTRED, ASM)
                     v = y * down + 0.0  # never -0.0: its sign says whether y is positive
                     sign = v.to(tl.int32, bitcast=True) >> 31
                     if width == 3:
@@ -125,7 +122,8 @@ def encode_segments(
                     if KEY_SQUARES or VALUE_SQUARES:
                         inner += _eight(level * tl.abs(y))
                 else:
-                    y8 = _first(y)
+                    if t > first:
+                        y8 = _turned(x, rows8 + place * DIM, means8 + place, part, CENTRED, ASM)
                     v8 = y8 * down + 0.0
                     sign8 = v8.to(tl.int32, bitcast=True) >> 31
                     node = tl.full([128, 8], 1, tl.int32)
