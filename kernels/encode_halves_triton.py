@@ -122,10 +122,10 @@ def encode_halves(
         begun = tl.where(tile == 0, start % 32, 0)
         target = (words + page.to(tl.int64) * page_words + unit // 4 * DIM)[:, None, None, None] + (position + (lane // 2 * 2 * DIM)[None, None, :])[None]
         mask = inside[:, None, None, None] & ((lane < WIDTH // 2 * 2)[None, None, :] & (position >= 0))[None]
-        bits = tl.arange(0, 16)[None, :]  # tokens of a half page
-        pair = tl.sum(tl.where(16 * (unit // 4)[:, None] + bits < tl.where(unit % 4 == 0, begun, 0)[:, None], 3 << (4 * (bits % 8) + bits // 8 * 2), 0), 1)
         if WIDTH > 1:
             if begun > 0:
+                token16, held = tl.arange(0, 16)[None, :], tl.where(unit % 4 == 0, begun - 16 * (unit // 4), 0)[:, None]
+                pair = tl.sum(tl.where(token16 < held, 3 << (4 * (token16 % 8) + token16 // 8 * 2), 0), 1)
                 _store(target, found, pair[:, None, None, None] + tl.zeros_like(found), mask)
             else:
                 tl.store(target, found, mask=mask)
