@@ -92,7 +92,7 @@ def encode_halves(
         norm = tl.sqrt(tl.sum(y * y, 1))
         down = tl.where(norm > 0, -(DIM**0.5) / tl.where(norm > 0, norm, 1.0), 0.0)
         v = y * down[:, None] + 0.0  # never -0.0: its sign says whether y is positive
-        level = level_of(v, book, WIDTH)
+        level = level_of(v, book, WIDTH, False, ASM)
         power = tl.sum(level * level, 1)
         sign = v.to(tl.int32, bitcast=True) >> 31
         bits = level.to(tl.int32, bitcast=True)

@@ -104,16 +104,16 @@ def encode_segments(
                     v = y * down + 0.0  # never -0.0: its sign says whether y is positive
                     sign = v.to(tl.int32, bitcast=True) >> 31
                     if width == 3:
-                        level = level_of(v, book, 3)
+                        level = level_of(v, book, 3, True, ASM)
                         code = (level.to(tl.int32, bitcast=True) ^ sign) & 19
                     elif width == 2:
-                        level = level_of(v, book, 2)
+                        level = level_of(v, book, 2, True, ASM)
                         code = (level.to(tl.int32, bitcast=True) ^ sign) & 3
                     elif width == 4:
-                        level = level_of(v, book, 4)
+                        level = level_of(v, book, 4, True, ASM)
                         code = (level.to(tl.int32, bitcast=True) ^ sign) & 51
                     else:
-                        level = level_of(v, book, 1)
+                        level = level_of(v, book, 1, True, ASM)
                         code = (level.to(tl.int32, bitcast=True) ^ sign) & 16
                     put(at_page + word, words_of(_fields(code, weight), width % 2 == 1, False, 32, ASM), width, size, here, begun, inside)
                     if here < 32:

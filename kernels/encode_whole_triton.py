@@ -15,23 +15,46 @@ import triton.language as tl
 _ROUND = tl.constexpr("{ .reg .b32 a, b; shfl.sync.bfly.b32 a, $1, 1, 31, -1; prmt.b32 b, $1, a, $2; shfl.sync.bfly.b32 a, b, 2, 31, -1; prmt.b32 $0, b, a, $3; }")
 
 
+# As assembly a value is done before the next begins.
+_EIGHT = tl.constexpr("""{ .reg .pred p, q; .reg .f32 u, t, a, b; abs.f32 u, $1; setp.gt.f32 p, u, $2; selp.f32 t, $4, $3, p; setp.gt.f32 q, u, t;
+selp.f32 a, $8, $6, p; selp.f32 b, $7, $5, p; selp.f32 $0, a, b, q; }""")
+# Signs as masks, where the compiler would compare many values first and keep the outcomes, more than there are predicates, as bits.
+_SIXTEEN = tl.constexpr("""{ .reg .b32 p, q, r, s, t, a, b; .reg .f32 u, e; abs.f32 u, $1;
+sub.f32 e, $2, u; mov.b32 p, e; shr.s32 p, p, 31; lop3.b32 t, p, $4, $3, 0xCA; sub.f32 e, t, u; mov.b32 q, e; shr.s32 q, q, 31;
+lop3.b32 s, p, $8, $6, 0xCA; lop3.b32 t, p, $7, $5, 0xCA; lop3.b32 t, q, s, t, 0xCA; sub.f32 e, t, u; mov.b32 r, e; shr.s32 r, r, 31;
+lop3.b32 a, p, $15, $11, 0xCA; lop3.b32 b, p, $13, $9, 0xCA; lop3.b32 b, q, a, b, 0xCA;
+lop3.b32 s, p, $16, $12, 0xCA; lop3.b32 t, p, $14, $10, 0xCA; lop3.b32 s, q, s, t, 0xCA; lop3.b32 $0, r, s, b, 0xCA; }""")
+
+
 @triton.jit
-def level_of(v, book, WIDTH: tl.constexpr):
-    """The level nearest to the magnitude of v."""
+def level_of(v, book, WIDTH: tl.constexpr, MASKS: tl.constexpr, ASM: tl.constexpr):
+    """The level nearest to the magnitude of v. MASKS: 4 bits without predicates."""
     if WIDTH == 1:
-        return tl.load(book + 1) + tl.zeros_like(v)
-    u = tl.abs(v)
-    upper = u > tl.load(book + 1)
-    if WIDTH == 2:
-        return tl.where(upper, tl.load(book + 3), tl.load(book + 2))
-    above = u > tl.where(upper, tl.load(book + 3), tl.load(book + 2))
-    if WIDTH == 3:
-        return tl.where(above, tl.where(upper, tl.load(book + 7), tl.load(book + 5)), tl.where(upper, tl.load(book + 6), tl.load(book + 4)))
-    low = tl.where(upper, tl.load(book + 6), tl.load(book + 4))
-    most = u > tl.where(above, tl.where(upper, tl.load(book + 7), tl.load(book + 5)), low)
-    odd = tl.where(above, tl.where(upper, tl.load(book + 15), tl.load(book + 11)), tl.where(upper, tl.load(book + 13), tl.load(book + 9)))
-    even = tl.where(above, tl.where(upper, tl.load(book + 14), tl.load(book + 10)), tl.where(upper, tl.load(book + 12), tl.load(book + 8)))
-    return tl.where(most, odd, even)
+        level = tl.load(book + 1) + tl.zeros_like(v)
+    elif WIDTH == 2:
+        level = tl.where(tl.abs(v) > tl.load(book + 1), tl.load(book + 3), tl.load(book + 2))
+    elif ASM and (WIDTH == 3 or MASKS):
+        zero = tl.zeros_like(v)
+        args = [v, tl.load(book + 1) + zero, tl.load(book + 2) + zero, tl.load(book + 3) + zero, tl.load(book + 4) + zero]
+        args += [tl.load(book + 5) + zero, tl.load(book + 6) + zero, tl.load(book + 7) + zero]
+        if WIDTH == 3:
+            level = tl.inline_asm_elementwise(_EIGHT, "=f,f,f,f,f,f,f,f,f", args, dtype=tl.float32, is_pure=True, pack=1)
+        else:
+            args += [tl.load(book + 8) + zero, tl.load(book + 9) + zero, tl.load(book + 10) + zero, tl.load(book + 11) + zero]
+            args += [tl.load(book + 12) + zero, tl.load(book + 13) + zero, tl.load(book + 14) + zero, tl.load(book + 15) + zero]
+            level = tl.inline_asm_elementwise(_SIXTEEN, "=f" + 16 * ",f", args, dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        u = tl.abs(v)
+        upper = u > tl.load(book + 1)
+        above = u > tl.where(upper, tl.load(book + 3), tl.load(book + 2))
+        if WIDTH == 3:
+            level = tl.where(above, tl.where(upper, tl.load(book + 7), tl.load(book + 5)), tl.where(upper, tl.load(book + 6), tl.load(book + 4)))
+        else:
+            most = u > tl.where(above, tl.where(upper, tl.load(book + 7), tl.load(book + 5)), tl.where(upper, tl.load(book + 6), tl.load(book + 4)))
+            odd = tl.where(above, tl.where(upper, tl.load(book + 15), tl.load(book + 11)), tl.where(upper, tl.load(book + 13), tl.load(book + 9)))
+            even = tl.where(above, tl.where(upper, tl.load(book + 14), tl.load(book + 10)), tl.where(upper, tl.load(book + 12), tl.load(book + 8)))
+            level = tl.where(most, odd, even)
+    return level
 
 
 @triton.jit
@@ -134,7 +157,7 @@ def encode_whole(
         norm = tl.sqrt(tl.sum(y * y, 1))
         down = tl.where(norm > 0, -(DIM**0.5) / tl.where(norm > 0, norm, 1.0), 0.0)
         v = y * down[:, None] + 0.0  # never -0.0: its sign says whether y is positive
-        level = level_of(v, book, WIDTH)
+        level = level_of(v, book, WIDTH, False, ASM)
         power = tl.sum(level * level, 1)
         sign = v.to(tl.int32, bitcast=True) >> 31
         bits = level.to(tl.int32, bitcast=True)
