@@ -1,8 +1,9 @@
 """Tokens to pages in one launch: norm, rotation, nearest level, gain, bits, written behind what the pages hold.
 
-:func:`symbols` defines, in float64 as the codecs' own `encode`; the kernel works in float32 (a
-float16 token is taken exactly, the rotation to 22 bits). Codes are equal except where a rotated value lies within about 1e-5 of a
-threshold, relative to the vector's norm; a gain may differ by its last bit, and one beyond float16, which the codec refuses, is infinite.
+:func:`symbols` defines, in float64 as the codecs' own `encode`; kernels work in float32 (a 16-bit token is taken exactly, the rotation to 2**-25, of
+bfloat16 to 18 bits). Codes are equal except where a rotated value lies on a threshold, or within about 1e-5 of it relative to the vector's norm; a gain may
+differ by its last bit, and one beyond float16, which the codec refuses, is infinite. Prompts of 16-bit tokens take the kernels of :mod:`kernels.encode_whole` and
+:mod:`kernels.encode_segments` where levels are symmetric; single tokens and all else those of :mod:`kernels.encode_triton`.
 """
 
 import torch
