@@ -7,7 +7,7 @@ from kernels import backend
 from kernels.encode_whole import TOKENS, book, matrices
 from kernels.pages import Pages, Spec
 
-REGISTERS, LIMIT = True, {}  # tokens as an operand in registers; {"maxnreg": 168} for three programs per multiprocessor
+REGISTERS, LIMIT = True, {"maxnreg": 168}  # tokens as an operand in registers; three programs per multiprocessor, where 249 registers allow two
 POSITIONS, WIDE = 32, 8  # of a tile, and of one whose codes have more than 4 bits
 
 
