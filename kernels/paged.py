@@ -115,7 +115,8 @@ class PagedAttention:
             0 if key.table is None else key.table.stride(0),
             heads, positions // TILE, table.groups.shape[1], table.width, v.segments[0].width, dim,
             key.strides()[2], value.strides()[2], min(backend.VTILE, dim // parts) if dim % 32 == 0 else 16, wide, rows,
-            k.log8, v.log8, k.offset, v.offset, k.bare or k.channels, v.bare, table.align, backend.AHEAD, backend.ASM, k.channels, parts, key.table is not None, backend.UNROLL,
+            k.log8, v.log8, k.offset, v.offset, k.bare or k.channels, v.bare, table.align, backend.AHEAD, backend.ASM, k.channels, parts, key.table is not None, backend.UNROLL, backend.VALUE_AHEAD,
+            backend.KEY_UNROLL, table.widest,
             num_warps=1, num_stages=backend.STAGES, **backend.LIMIT,
         )  # fmt: skip
         every = max(16, 1 << (splits - 1).bit_length())
@@ -151,6 +152,7 @@ class _Tables:
         mean = torch.zeros(key.heads, key.dim) if key.mean is None else key.mean
         self.sums = torch.stack([mean.to(device), self.matrix.sum(1)], 1).contiguous()
         self.groups, self.books = groups.to(device), books.to(device)
+        self.widest = max(s.width for s in key.segments)
         seg = value.segments[0]
         self.value_books = value.levels[seg.book : seg.book + 2**seg.width].half().to(device)
         self.value_levels = level_bytes(self.value_books[:16].cpu()).to(device)

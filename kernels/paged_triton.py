@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from kernels.nibbles_triton import high_nibbles, lane, lanes, levels, nibbles, table, wide_levels
-from kernels.sides_triton import inverse, packed, sides, unpacked
+from kernels.sides_triton import packed, sides, unpacked
 
 
 @triton.jit
@@ -57,43 +57,52 @@ def _gathered(base, half, full, turn, slot, n, books, width, ASM: tl.constexpr):
 @triton.jit
 def _segment(
     base, begin, end, first, n, words, half, full, turn, slot, q_at, s, scale, least,
-    WIDTH: tl.constexpr, G: tl.constexpr, AHEAD: tl.constexpr, ASM: tl.constexpr, CHANNELS: tl.constexpr,
+    WIDTH: tl.constexpr, G: tl.constexpr, AHEAD: tl.constexpr, ASM: tl.constexpr, CHANNELS: tl.constexpr, UNROLL: tl.constexpr = 1,
 ):  # fmt: skip
     """Add the scores of one segment of WIDTH bits; its tiles are read AHEAD at a time. A loop, not unrolled: code must fit its cache."""
-    for t in tl.range(begin, end, num_stages=AHEAD):
+    for t in tl.range(begin, end, num_stages=AHEAD, loop_unroll_factor=UNROLL):
         s = _narrow(base, first + (t - begin) * 16, n, words, half, full, turn, slot, tl.load(q_at + t * 16 * G), s, scale, least, WIDTH, ASM, CHANNELS)
     return s
 
 
 @triton.jit
+def _weighed(total, s, gain):
+    """total + s * gain per token, eight of each."""
+    y = ()
+    for j in tl.static_range(8):
+        y = y + (total[j] + s[j] * gain[j][:, None],)
+    return y
+
+
+@triton.jit
 def _scores(
-    base, at, half, full, turn, slot, query, books, zero, s, scale, least,
-    WIDTH: tl.constexpr, TILES: tl.constexpr, G: tl.constexpr, ALIGN: tl.constexpr, AHEAD: tl.constexpr, ASM: tl.constexpr, CHANNELS: tl.constexpr,
+    base, at, half, full, turn, slot, q_at, books, zero, s,
+    WIDEST: tl.constexpr, G: tl.constexpr, ALIGN: tl.constexpr, AHEAD: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """s + scores of the segment at `at`, without its gain: WIDTH > 0 is the one segment of every head, 0 reads the width from the table."""
-    q_at = query + tl.arange(0, 16)[:, None] * G + tl.arange(0, G)[None, :]
+    """s + scores of a segment of at most WIDEST bits, without its gain."""
     words = table(at + 8, zero)
-    if WIDTH > 0:
-        return _segment(base, 0, TILES, 0, TILES * 16, words, half, full, turn, slot, q_at, s, scale, least, WIDTH, G, AHEAD, ASM, CHANNELS)
     begin, end, width = tl.load(at), tl.load(at + 1), tl.load(at + 3)
     first, n = tl.multiple_of(tl.load(at + 4), ALIGN), tl.multiple_of(tl.load(at + 5), ALIGN)
     book = books + tl.load(at + 6)
     if width == 3:
-        s = _segment(base, begin, end, first, n, words, half, full, turn, slot, q_at, s, scale, least, 3, G, AHEAD, ASM, False)
+        s = _segment(base, begin, end, first, n, words, half, full, turn, slot, q_at, s, base, base, 3, G, AHEAD, ASM, False)
     elif width == 2:
-        s = _segment(base, begin, end, first, n, words, half, full, turn, slot, q_at, s, scale, least, 2, G, AHEAD, ASM, False)
+        s = _segment(base, begin, end, first, n, words, half, full, turn, slot, q_at, s, base, base, 2, G, AHEAD, ASM, False)
     elif width == 4:
-        s = _segment(base, begin, end, first, n, words, half, full, turn, slot, q_at, s, scale, least, 4, G, AHEAD, ASM, False)
+        s = _segment(base, begin, end, first, n, words, half, full, turn, slot, q_at, s, base, base, 4, G, AHEAD, ASM, False)
     elif width == 1:
-        s = _segment(base, begin, end, first, n, words, half, full, turn, slot, q_at, s, scale, least, 1, G, AHEAD, ASM, False)
-    elif width == 5:
-        s = _segment(base, begin, end, first, n, (lanes(book, 5, ASM), book), half, full, turn, slot, q_at, s, scale, least, 5, G, AHEAD, ASM, False)
-    elif width == 6:
-        s = _segment(base, begin, end, first, n, (lanes(book, 6, ASM), book), half, full, turn, slot, q_at, s, scale, least, 6, G, AHEAD, ASM, False)
-    else:
-        for t in range(begin, end):
-            y = _gathered(base + first + (t - begin) * 16, half, full, turn, slot, n, book, width, ASM)
-            s = _dots(y, tl.load(q_at + t * 16 * G), s)
+        s = _segment(base, begin, end, first, n, words, half, full, turn, slot, q_at, s, base, base, 1, G, AHEAD, ASM, False)
+    elif WIDEST == 5:
+        s = _segment(base, begin, end, first, n, (lanes(book, 5, ASM), book), half, full, turn, slot, q_at, s, base, base, 5, G, AHEAD, ASM, False)
+    elif WIDEST > 5:
+        if width == 5:
+            s = _segment(base, begin, end, first, n, (lanes(book, 5, ASM), book), half, full, turn, slot, q_at, s, base, base, 5, G, AHEAD, ASM, False)
+        elif width == 6:
+            s = _segment(base, begin, end, first, n, (lanes(book, 6, ASM), book), half, full, turn, slot, q_at, s, base, base, 6, G, AHEAD, ASM, False)
+        elif WIDEST > 6:
+            for t in range(begin, end):
+                y = _gathered(base + first + (t - begin) * 16, half, full, turn, slot, n, book, width, ASM)
+                s = _dots(y, tl.load(q_at + t * 16 * G), s)
     return s
 
 
@@ -105,7 +114,7 @@ def decode_split(
     KEY_PAGE: tl.constexpr, VALUE_PAGE: tl.constexpr, VTILE: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, KEY_LOG8: tl.constexpr,
     VALUE_LOG8: tl.constexpr, KEY_OFFSET: tl.constexpr, VALUE_OFFSET: tl.constexpr, KEY_BARE: tl.constexpr,
     VALUE_BARE: tl.constexpr, ALIGN: tl.constexpr, AHEAD: tl.constexpr, ASM: tl.constexpr, CHANNELS: tl.constexpr, PARTS: tl.constexpr, TABLE: tl.constexpr,
-    UNROLL: tl.constexpr,
+    UNROLL: tl.constexpr, VALUE_AHEAD: tl.constexpr, KEY_UNROLL: tl.constexpr, WIDEST: tl.constexpr,
 ):  # fmt: skip
     """out [B, H, splits, G, DIM], stat [B, H, splits, 2, G] float32: unnormalized outputs, maxima (base 2) and masses.
 
@@ -127,6 +136,7 @@ def decode_split(
     groups += head * GROUPS * 16
     first_row, count = tl.load(groups + 2), tl.load(groups + 7)
     SIDE: tl.constexpr = key_sides.dtype.element_ty.primitive_bitwidth
+    VALUE_SIDE: tl.constexpr = value_sides.dtype.element_ty.primitive_bitwidth
     zero = tl.load(shifts + lane(ASM)) >> 4
     value_levels = table(value_table, zero)
     within = row % 4
@@ -135,9 +145,10 @@ def decode_split(
     top, mass = tl.full([G], float("-inf"), tl.float32), tl.zeros([G], tl.float32)
     place = (batch * HEADS + head) * tl.num_programs(0) + split
     out += (place * G + group[None, :]) * DIM + chan[:, None]
+    last = (high - 1) // 32
     for start in range(low, high, 8 * ROWS):
         rows = start // 8 + row
-        page = tl.minimum(rows // 4, (high - 1) // 32)  # rows behind the last token read its page again, masked below
+        page = tl.minimum(rows // 4, last)  # rows behind the last token read its page again, masked below
         page = (tl.load(pages + batch * pages_stride + page) if TABLE else page).to(tl.int64)
         token = rows * 8
         key_full = (page * KEY_PAGE)[:, None] + col[None, :]
@@ -145,27 +156,30 @@ def decode_split(
         value_side = value_sides + (page * value_rows + head * PARTS) * 32 + within * 8
         scale = key_sides + (page * key_rows * 32 + head * DIM)[:, None] + col[None, :]
         none = tl.zeros([ROWS, G], tl.float32)
-        s = (none, none, none, none, none, none, none, none)
+        none = (none, none, none, none, none, none, none, none)
+        later = ()  # gains of values, used behind the exponentials
+        for part in tl.static_range(PARTS):
+            later = later + (packed(value_side + part * 32, VALUE_BARE),)
         gains = packed(key_side + first_row * 32, KEY_BARE)
-        for g in range(1 if KEY_WIDTH > 0 else count):
-            if KEY_WIDTH == 0:
-                following = packed(key_side + tl.load(groups + tl.minimum(g + 1, count - 1) * 16 + 2) * 32, KEY_BARE)
-            s = _scores(
-                key_words, groups + g * 16, half[:, None], key_full, turn[:, None], slot[:, None], query, books, zero, s, scale, scale + HEADS * DIM,
-                KEY_WIDTH, TILES, G, ALIGN, AHEAD, ASM, CHANNELS,
+        q_at = query + col[:, None] * G + group[None, :]
+        if KEY_WIDTH > 0:
+            t = _segment(
+                key_words, 0, TILES, 0, TILES * 16, table(groups + 8, zero), half[:, None], key_full, turn[:, None], slot[:, None], q_at, none,
+                scale, scale + HEADS * DIM, KEY_WIDTH, G, AHEAD, ASM, CHANNELS, KEY_UNROLL,
             )  # fmt: skip
-            if KEY_WIDTH == 0:  # the sum so far in units of the next gain (never 0): one set of sums in registers, not two
-                n, gain, divisor = (), unpacked(gains, token, SIDE, KEY_LOG8, KEY_BARE), unpacked(following, token, SIDE, KEY_LOG8, KEY_BARE)
-                for j in tl.static_range(8):
-                    n = n + (s[j] * ((gain[j] + 1e-15) * inverse(divisor[j], ASM))[:, None],)
-                s, gains = n, following
-        t, gain = s, unpacked(gains, token, SIDE, KEY_LOG8, KEY_BARE)
+            t = _weighed(none, t, unpacked(gains, token, SIDE, KEY_LOG8, KEY_BARE))
+        else:
+            t = none
+            for g in range(count):  # gains are read one segment ahead; the rest is not: what is carried through a loop loses its layout
+                following = packed(key_side + tl.load(groups + tl.minimum(g + 1, count - 1) * 16 + 2) * 32, KEY_BARE)
+                s = _scores(key_words, groups + g * 16, half[:, None], key_full, turn[:, None], slot[:, None], q_at, books, zero, none, WIDEST, G, ALIGN, AHEAD, ASM)
+                t, gains = _weighed(t, s, unpacked(gains, token, SIDE, KEY_LOG8, KEY_BARE)), following
         if KEY_OFFSET:
             offset = sides(key_side + (key_offset_row + head) * 32, False)
         s = ()
         most = tl.full([ROWS, G], float("-inf"), tl.float32)
         for j in tl.static_range(8):
-            x = t[j] * (gain[j] + 1e-15)[:, None] + bias[None, :]
+            x = t[j] + bias[None, :]
             if KEY_OFFSET:
                 x += offset[j][:, None] * query_sum[None, :]
             x = tl.where(((token + j < high) & (token + j >= visible))[:, None], x, float("-inf"))
@@ -181,7 +195,7 @@ def decode_split(
         mass, top = mass * decay + tl.sum(sum, 0), peak
         full = (page * VALUE_PAGE)[None, :] + chan[:, None]
         for part in tl.static_range(PARTS):  # of the channels, each with gains of its own
-            gain = sides(value_side + part * 32, VALUE_LOG8, VALUE_BARE)
+            gain = unpacked(later[part], token, VALUE_SIDE, VALUE_LOG8, VALUE_BARE)
             if VALUE_OFFSET:
                 offset = sides(value_side + (value_offset_row + part) * 32, False)
             p, sum = (), tl.zeros([ROWS, G], tl.float32)
@@ -192,7 +206,7 @@ def decode_split(
             shift = tl.sum(sum, 0)[None, :]
             base = value_words + part * (DIM // PARTS) * (VALUE_WIDTH - 1)
             # A loop, its sums kept in `out`: unrolled, the code outgrows the instruction cache. A thread reads back what it wrote.
-            for d in tl.range(part * (DIM // VTILE) // PARTS, (part + 1) * (DIM // VTILE) // PARTS, num_stages=AHEAD, loop_unroll_factor=UNROLL):
+            for d in tl.range(part * (DIM // VTILE) // PARTS, (part + 1) * (DIM // VTILE) // PARTS, num_stages=VALUE_AHEAD, loop_unroll_factor=UNROLL):
                 if VALUE_WIDTH <= 4:
                     word = nibbles(base + d * VTILE, half[None, :] * (DIM // PARTS) + full, full, turn[None, :], slot[None, :], DIM // PARTS, VALUE_WIDTH, ASM)
                     y = levels(word, value_levels, VALUE_WIDTH, ASM)
