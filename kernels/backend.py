@@ -14,6 +14,7 @@ AHEAD = 2  # key tiles in flight
 VTILE = 16  # value channels decoded at a time
 UNROLL = 2  # such steps in a row
 LIMIT = {"maxnreg": 128}
+EARLY = False  # the small kernels of decode attention start before the kernel ahead of them ends (programmatic dependent launch)
 WARPS = 16  # single-warp programs that fit a multiprocessor at once (registers and shared memory)
 
 
@@ -31,3 +32,8 @@ def _installed() -> bool:
 def programs(device: torch.device) -> int:
     """Single-warp programs that run at once."""
     return WARPS * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def early(x: Tensor) -> bool:
+    """Whether kernels on x's device wait for the one ahead themselves: from compute capability 9.0 on, where `EARLY` asks for it."""
+    return EARLY and x.is_cuda and not INTERPRET and torch.cuda.get_device_capability(x.device) >= (9, 0)
