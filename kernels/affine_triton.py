@@ -2,19 +2,11 @@
 
 The bits of a code below 0x6400 are the float16 number 1024 + code, and four bits further up 1024 + 16 code: one logical operation makes
 two levels from two words, one addition or multiplication of halves puts them in their place, exactly. 12 operations on integers and 8 on
-halves give 16 levels, of any width up to four bits. ASM=False is the same in plain Triton.
+halves give 16 levels, of any width up to four bits, where `kernels.scalar.consecutive` says so. ASM=False is the same in plain Triton.
 """
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-
-def consecutive(levels: Tensor) -> bool:
-    """Whether levels [n] are start, start + 1, ..., all of them integers of at most 1024 in size: what :func:`levels` gives exactly."""
-    start = levels[:1].double()
-    return bool((levels.double() == start + torch.arange(len(levels), device=levels.device)).all() and (start == start.round()).all() and (levels.abs() <= 1024).all())
 
 
 @triton.jit

@@ -9,6 +9,7 @@ import triton.language as tl  # noqa: E402  (needs triton)
 
 from kernels import affine_triton, backend  # noqa: E402
 from kernels.paged import level_bytes  # noqa: E402
+from kernels.scalar import consecutive  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -33,7 +34,6 @@ def test_integers_are_exact(first):
 
 
 def test_only_consecutive_integers_are():
-    consecutive = affine_triton.consecutive
     assert consecutive(torch.arange(16.0)) and consecutive(torch.arange(4.0) - 2) and consecutive(torch.tensor([3.0]))
     for levels in (torch.arange(16.0) / 2, torch.arange(4.0) - 0.5, torch.tensor([0.0, 1.0, 3.0]), torch.arange(16.0) + 1020, torch.tensor([0.0, float("nan")])):
         assert not consecutive(levels)
