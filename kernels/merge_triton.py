@@ -16,21 +16,21 @@ FOLDED = 32  # most that folding leaves
 TILE = 32  # channels of the output that a program turns back
 WARPS = 8  # such a program's
 ROWS = 8  # splits that a warp folds
+LIMIT = {"maxnreg": 128}  # without a limit the assembler saves registers: it waits for one row before it asks for the next
 
 
 @triton.jit
 def _weighted(out, stat, first, splits, G: tl.constexpr, DIM: tl.constexpr, DPAD: tl.constexpr, MANY: tl.constexpr, WHOLE: tl.constexpr):
-    """Sum [DPAD], mass and maximum of splits first, ..., first + MANY - 1 of one query. WHOLE: every split has an output, none waits for its weight."""
+    """Sum [DPAD], mass and maximum of splits first, ..., first + MANY - 1 of one query. WHOLE: every split has an output."""
     split, chan = first + tl.arange(0, MANY), tl.arange(0, DPAD)
     there = split < splits
     tops = tl.load(stat + split * (2 * G), mask=there, other=float("-inf"))
     masses = tl.load(stat + split * (2 * G) + G, mask=there, other=0)
-    if WHOLE:
-        x = tl.load(out + split[:, None] * (G * DIM) + chan[None, :], mask=there[:, None] & (chan < DIM)[None, :], other=0)
+    if not WHOLE:
+        there = tops > float("-inf")
+    x = tl.load(out + split[:, None] * (G * DIM) + chan[None, :], mask=there[:, None] & (chan < DIM)[None, :], other=0)
     peak = tl.max(tops, 0)
     weight = tl.exp2(tops - tl.where(peak == float("-inf"), 0.0, peak))
-    if not WHOLE:
-        x = tl.load(out + split[:, None] * (G * DIM) + chan[None, :], mask=(weight > 0)[:, None] & (chan < DIM)[None, :], other=0)
     return tl.sum(x * weight[:, None], 0), tl.sum(weight * masses, 0), peak
 
 
@@ -80,7 +80,7 @@ def merge(out: Tensor, stat: Tensor, group: int, back: Tensor, mean: Tensor) -> 
     """
     batch, heads, splits, wide, dim = out.shape
     queries, pad, early, whole = batch * heads * group, 1 << (dim - 1).bit_length(), backend.early(out), splits > DIRECT
-    launch = {"launch_pdl": True} if early else {}
+    launch = LIMIT | ({"launch_pdl": True} if early else {})
     new = lambda *shape: torch.empty(shape, device=out.device)  # noqa: E731
     if whole:
         step = 1 << (-(-splits // FOLDED) - 1).bit_length()

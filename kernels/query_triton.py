@@ -29,9 +29,9 @@ def rotate_query(
     q = ()
     for g in tl.static_range(GROUP):  # once for every row: each warp reads its own, and nothing passes between them
         q = q + (tl.load(query + (place * GROUP + g) * DIM + row * 0 + d, mask=there & (d < DIM), other=0),)
-    turned = tl.zeros([TILE, DPAD], tl.float32)
+    r, turned = r * scale, tl.zeros([TILE, DPAD], tl.float32)
     for g in tl.static_range(GROUP):  # query g into column g: the sums lie as they did
-        turned = tl.where(d == g, tl.sum(r * (q[g].to(tl.float32) * scale), 1)[:, None], turned)
+        turned = tl.where(d == g, tl.sum(r * q[g].to(tl.float32), 1)[:, None], turned)
     if extra:
         tl.store(aux + (place * 2 + row) * G + d, turned, mask=there & (d < G))
     else:
