@@ -14,7 +14,6 @@ AHEAD = 2  # key tiles in flight
 VTILE = 16  # value channels decoded at a time
 UNROLL = 2  # such steps in a row
 LIMIT = {"maxnreg": 128}
-EARLY = False  # the small kernels of decode attention start before the kernel ahead of them ends (programmatic dependent launch)
 WARPS = 16  # single-warp programs that fit a multiprocessor at once (registers and shared memory)
 
 
@@ -32,6 +31,9 @@ def _installed() -> bool:
 def programs(device: torch.device) -> int:
     """Single-warp programs that run at once."""
     return WARPS * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+EARLY = False  # the small kernels of decode attention start before the kernel ahead of them ends (programmatic dependent launch)
 
 
 def early(x: Tensor) -> bool:

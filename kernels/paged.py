@@ -101,6 +101,7 @@ class PagedAttention:
         splits = min(blocks, splits or max(1, backend.programs(query.device) // (batch * heads)))
         per_split = -(-blocks // splits) * block
         splits = -(-blocks * block // per_split)
+        positions = table.matrix.shape[1]
         new = lambda *shape: torch.empty(shape, device=query.device)  # noqa: E731
         turned, aux = query_triton.rotate(query, table.matrix, table.sums, scale * math.log2(math.e))
         out, stat = new(batch, heads, splits, wide, dim), new(batch, heads, splits, 2, wide)
@@ -109,7 +110,7 @@ class PagedAttention:
             lengths if key.table is None else key.table, out, stat, *key.strides()[:2], key.strides()[3], key.sides.shape[-2], *value.strides()[:2],
             value.strides()[3], value.sides.shape[-2], len(v.segments), len(k.segments), per_split, 2**30 if window is None else window,
             0 if key.table is None else key.table.stride(0),
-            heads, table.matrix.shape[1] // TILE, table.groups.shape[1], table.width, v.segments[0].width, dim,
+            heads, positions // TILE, table.groups.shape[1], table.width, v.segments[0].width, dim,
             key.strides()[2], value.strides()[2], min(backend.VTILE, dim // parts) if dim % 32 == 0 else 16, wide, rows,
             k.log8, v.log8, k.offset, v.offset, k.bare or k.channels, v.bare, table.align, backend.AHEAD, backend.ASM, k.channels, parts, key.table is not None, backend.UNROLL,
             num_warps=1, num_stages=backend.STAGES, **backend.LIMIT,
