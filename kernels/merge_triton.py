@@ -45,8 +45,8 @@ def fold_splits(
         tl.extra.cuda.gdc_wait()
     chunk, place, g = tl.program_id(0), tl.program_id(1).to(tl.int64) // GROUP, tl.program_id(1) % GROUP
     total, mass, peak = _weighted(out + (place * splits * G + g) * DIM, stat + place * splits * 2 * G + g, chunk * STEP, splits, G, DIM, DPAD, STEP, False)
-    chan, at = tl.arange(0, DPAD), place * tl.num_programs(0) + chunk
-    tl.store(folded + (at * GROUP + g) * DIM + chan, total, mask=chan < DIM)
+    chan, row, at = tl.arange(0, DPAD)[None, :], tl.arange(0, STEP)[:, None], place * tl.num_programs(0) + chunk
+    tl.store(folded + (at * GROUP + g) * DIM + chan + row * 0, total[None, :], mask=(chan < DIM) & (row == 0))  # from where the sums lie
     tl.store(folded_stat + at * 2 * GROUP + g, peak)
     tl.store(folded_stat + (at * 2 + 1) * GROUP + g, mass)
 
