@@ -43,9 +43,9 @@ def fold_splits(
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    chunk, place, g = tl.program_id(0), tl.program_id(1).to(tl.int64) // GROUP, tl.program_id(1) % GROUP
+    place, g, chunk = tl.program_id(0).to(tl.int64) // GROUP, tl.program_id(0) % GROUP, tl.program_id(1)
     total, mass, peak = _weighted(out + (place * splits * G + g) * DIM, stat + place * splits * 2 * G + g, chunk * STEP, splits, G, DIM, DPAD, STEP, False)
-    chan, row, at = tl.arange(0, DPAD)[None, :], tl.arange(0, STEP)[:, None], place * tl.num_programs(0) + chunk
+    chan, row, at = tl.arange(0, DPAD)[None, :], tl.arange(0, STEP)[:, None], place * tl.num_programs(1) + chunk
     tl.store(folded + (at * GROUP + g) * DIM + chan + row * 0, total[None, :], mask=(chan < DIM) & (row == 0))  # from where the sums lie
     tl.store(folded_stat + at * 2 * GROUP + g, peak)
     tl.store(folded_stat + (at * 2 + 1) * GROUP + g, mass)
@@ -58,7 +58,7 @@ def merge_splits(
     WHOLE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """output [B, H GROUP, D] = weighted mean of the splits @ rotation + mean; lse [B, H GROUP], natural logarithm; see :func:`merge`."""
-    block, query = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    query, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     place, g = query // GROUP, query % GROUP
     head = place % HEADS
     c, d = tl.arange(0, DPAD), block * TILE + tl.arange(0, TILE)
@@ -86,10 +86,10 @@ def merge(out: Tensor, stat: Tensor, group: int, back: Tensor, mean: Tensor) -> 
         step = 1 << (-(-splits // FOLDED) - 1).bit_length()
         chunks = -(-splits // step)
         folded, folded_stat = new(batch, heads, chunks, group, dim), new(batch, heads, chunks, 2, group)
-        fold_splits[(chunks, queries)](out, stat, folded, folded_stat, splits, group, wide, dim, pad, step, early, num_warps=min(8, max(1, step // ROWS)), **launch)
+        fold_splits[(queries, chunks)](out, stat, folded, folded_stat, splits, group, wide, dim, pad, step, early, num_warps=min(8, max(1, step // ROWS)), **launch)
         out, stat, splits, wide = folded, folded_stat, chunks, group
     output, lse = new(batch, heads * group, dim), new(batch, heads * group)
     stride = back.stride(0) if len(back) > 1 else 0  # heads may share a rotation
     every = max(8, 1 << (splits - 1).bit_length())
-    merge_splits[(-(-dim // TILE), queries)](out, stat, back, mean, output, lse, splits, stride, heads, group, wide, dim, pad, TILE, every, whole, early, num_warps=WARPS, **launch)
+    merge_splits[(queries, -(-dim // TILE))](out, stat, back, mean, output, lse, splits, stride, heads, group, wide, dim, pad, TILE, every, whole, early, num_warps=WARPS, **launch)
     return output, lse
