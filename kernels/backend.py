@@ -33,3 +33,11 @@ def _installed() -> bool:
 def programs(device: torch.device) -> int:
     """Single-warp programs that run at once."""
     return WARPS * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+EARLY = False  # the small kernels of decode attention start before the kernel ahead of them ends (programmatic dependent launch)
+
+
+def early(x: Tensor) -> bool:
+    """Whether kernels on x's device wait for the one ahead themselves: from compute capability 9.0 on, where `EARLY` asks for it."""
+    return EARLY and x.is_cuda and not INTERPRET and torch.cuda.get_device_capability(x.device) >= (9, 0)

@@ -89,6 +89,7 @@ class PagedAttention:
         if not backend.use_triton(query):
             dense = [reconstruct(pages.spec, *pages.symbols(0, longest)) for pages in (key, value)]
             return attend(query, *dense, scale, first, window, lengths)
+        from kernels import merge_triton, query_triton
         from kernels import paged_triton as twin
 
         table, (k, v) = self.tables(query.device), self.specs
@@ -100,14 +101,10 @@ class PagedAttention:
         splits = min(blocks, splits or max(1, backend.programs(query.device) // (batch * heads)))
         per_split = -(-blocks // splits) * block
         splits = -(-blocks * block // per_split)
-        positions, pad = table.matrix.shape[1], 1 << (dim - 1).bit_length()
-        new = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device=query.device)  # noqa: E731
-        turned = new(batch, heads, positions, wide, dtype=torch.float32 if query.dtype == torch.float32 else torch.float16)
-        aux, out, stat = new(batch, heads, 2, wide), new(batch, heads, splits, wide, dim), new(batch, heads, splits, 2, wide)
-        merged, lse, output = new(batch, heads * group, dim), new(batch, heads * group), new(batch, heads * group, dim)
-        twin.rotate_query[(batch * heads * wide, -(-positions // 32))](
-            query.contiguous(), table.matrix, table.sums, turned, aux, scale * math.log2(math.e), heads, group, wide, positions, dim, pad, 32
-        )
+        positions = table.matrix.shape[1]
+        new = lambda *shape: torch.empty(shape, device=query.device)  # noqa: E731
+        turned, aux = query_triton.rotate(query, table.matrix, table.sums, scale * math.log2(math.e))
+        out, stat = new(batch, heads, splits, wide, dim), new(batch, heads, splits, 2, wide)
         twin.decode_split[(splits, heads, batch)](
             turned, aux, key.words, key.sides, value.words, value.sides, table.groups, table.books, table.value_levels, table.value_books, table.shifts, first, lengths,
             lengths if key.table is None else key.table, out, stat, *key.strides()[:2], key.strides()[3], key.sides.shape[-2], *value.strides()[:2],
@@ -119,11 +116,7 @@ class PagedAttention:
             backend.KEY_UNROLL, table.widest,
             num_warps=1, num_stages=backend.STAGES, **backend.LIMIT,
         )  # fmt: skip
-        every = max(16, 1 << (splits - 1).bit_length())
-        twin.merge_splits[(batch * heads * group, -(-dim // 32))](out, stat, merged, lse, splits, wide, group, dim, 32, every, min(every, 128))
-        stride = table.back.stride(0) if len(table.back) > 1 else 0  # heads may share a rotation
-        twin.unrotate[(batch * heads * group, -(-dim // 32))](merged, table.back, table.mean, output, stride, heads, group, dim, pad, 32)
-        return output, lse
+        return merge_triton.merge(out, stat, group, table.back, table.mean)
 
 
 class _Tables:

@@ -1,4 +1,4 @@
-"""Triton: decode attention over pages of scalar codes, all heads in one launch, split over tokens; then the merge.
+"""Triton: decode attention over pages of scalar codes, all heads in one launch, split over tokens.
 
 A program is one warp with ROWS rows of 8 tokens: row r of a word tile is tokens 8 r + j for j = 0..7 (`kernels.pages`). Keys are the left
 operand of the scores S_j = K_j q^T [ROWS, G], q rotated once before; values are the left operand of O^T += V_j^T P_j, in rotated space.
@@ -220,56 +220,3 @@ def decode_split(
                 tl.store(sums, held * decay[None, :] + added)
     tl.store(stat + place * 2 * G + group, top)
     tl.store(stat + (place * 2 + 1) * G + group, mass)
-
-
-@triton.jit
-def rotate_query(
-    query, matrix, sums, out, aux, scale,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, DPAD: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """query [B, H GROUP, D] to stored positions [B, H, ROWS, G], scaled; aux [B, H, 2, G]: query times key mean, sum of the rotated query."""
-    place, block = tl.program_id(0), tl.program_id(1)
-    head, group = place // G % HEADS, place % G
-    batch = place // (G * HEADS)
-    d, row = tl.arange(0, DPAD), block * TILE + tl.arange(0, TILE)
-    at = (batch * HEADS + head) * GROUP + group
-    q = tl.load(query + at * DIM + d, mask=d < tl.where(group < GROUP, DIM, 0), other=0).to(tl.float32) * scale
-    r = tl.load(matrix + (head * ROWS + row)[:, None] * DIM + d[None, :], mask=(row < ROWS)[:, None] & (d < DIM)[None, :], other=0)
-    turned = tl.sum(r * q[None, :], 1)
-    tl.store(out + ((batch * HEADS + head) * ROWS + row) * G + group, turned.to(out.dtype.element_ty), mask=row < ROWS)
-    if block == 0:
-        for i in tl.static_range(2):
-            tl.store(aux + ((batch * HEADS + head) * 2 + i) * G + group, tl.sum(tl.load(sums + (head * 2 + i) * DIM + d, mask=d < DIM, other=0) * q, 0))
-
-
-@triton.jit
-def merge_splits(out, stat, merged, lse, splits, G: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, TILE: tl.constexpr, ALL: tl.constexpr, STEP: tl.constexpr):
-    """Weighted mean of the splits' outputs: merged [B, H GROUP, DIM] in stored positions; lse [B, H GROUP], natural logarithm."""
-    place, g = tl.program_id(0).to(tl.int64) // GROUP, tl.program_id(0) % GROUP
-    chan, part, every = tl.program_id(1) * TILE + tl.arange(0, TILE), tl.arange(0, STEP), tl.arange(0, ALL)
-    stat += place * splits * 2 * G + g
-    out += (place * splits * G + g) * DIM
-    tops = tl.load(stat + every * 2 * G, mask=every < splits, other=float("-inf"))
-    peak = tl.max(tops, 0)
-    anchor = tl.where(peak == float("-inf"), 0.0, peak)
-    mass = tl.sum(tl.exp2(tops - anchor) * tl.load(stat + every * 2 * G + G, mask=every < splits, other=0), 0)
-    total = tl.zeros([TILE], tl.float32)
-    for first in range(0, splits, STEP):
-        split = first + part
-        weight = tl.exp2(tl.load(stat + split * 2 * G, mask=split < splits, other=float("-inf")) - anchor)  # 0: nothing was written
-        x = tl.load(out + split[:, None] * (G * DIM) + chan[None, :], mask=(weight > 0)[:, None] & (chan < DIM)[None, :], other=0)
-        total += tl.sum(x * weight[:, None], 0)
-    tl.store(merged + tl.program_id(0).to(tl.int64) * DIM + chan, total / tl.where(mass == 0, 1.0, mass), mask=chan < DIM)
-    if tl.program_id(1) == 0:
-        tl.store(lse + tl.program_id(0), tl.where(mass == 0, float("-inf"), (anchor + tl.log2(mass)) * 0.6931471805599453))
-
-
-@triton.jit
-def unrotate(merged, matrix, mean, output, head_stride, HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DPAD: tl.constexpr, TILE: tl.constexpr):
-    """output [B, H GROUP, D] = merged @ rotation + mean; matrix [H or 1, D, D] transposed (row: channel), mean [H, D]."""
-    place, block = tl.program_id(0), tl.program_id(1)
-    head = place // GROUP % HEADS
-    c, d = tl.arange(0, DPAD), block * TILE + tl.arange(0, TILE)
-    x = tl.load(merged + place * DIM + c, mask=c < DIM, other=0)
-    r = tl.load(matrix + head * head_stride + d[:, None] * DIM + c[None, :], mask=(c < DIM)[None, :] & (d < DIM)[:, None], other=0)
-    tl.store(output + place * DIM + d, tl.sum(r * x[None, :], 1) + tl.load(mean + head * DIM + d, mask=d < DIM, other=0), mask=d < DIM)
