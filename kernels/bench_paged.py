@@ -39,7 +39,7 @@ def packed(name: str, heads: int, kv: int, batch: int, tokens: int, timed: bool 
     generator = torch.Generator().manual_seed(0)
     widths = key if isinstance(key, int) else synthetic.draw_widths(kv, DIM // 2, key, 0.75, generator)
     plain = name == "int4"
-    k, v = (synthetic.spec(kv, DIM, w, rotated=not plain, offset=plain, device="cuda") for w in (widths, value))
+    k, v = (synthetic.spec(kv, DIM, w, rotated=not plain, offset=plain, integers=plain, device="cuda") for w in (widths, value))
     pair = paged.PagedAttention(k, v)
     first = [synthetic.pages(s, batch, tokens) for s in (k, v)]
     size = sum(x.bytes() for x in first)

@@ -14,6 +14,7 @@ from kernels.attention import Part, attend
 from kernels.encode import Encoder, encodable
 from kernels.pages import PAGE, TILE, Layout, Pages, Spec, stored_values
 from kernels.prefill import attend_pages
+from kernels.scalar import consecutive
 
 VALUES = 32  # least channels of one of several segments of a value
 
@@ -101,7 +102,7 @@ class PagedAttention:
         splits = min(blocks, splits or max(1, backend.programs(query.device) // (batch * heads)))
         per_split = -(-blocks // splits) * block
         splits = -(-blocks * block // per_split)
-        positions = table.matrix.shape[1]
+        positions, early = table.matrix.shape[1], backend.early(query)
         new = lambda *shape: torch.empty(shape, device=query.device)  # noqa: E731
         turned, aux = query_triton.rotate(query, table.matrix, table.sums, scale * math.log2(math.e))
         out, stat = new(batch, heads, splits, wide, dim), new(batch, heads, splits, 2, wide)
@@ -113,8 +114,8 @@ class PagedAttention:
             heads, positions // TILE, table.groups.shape[1], table.width, v.segments[0].width, dim,
             key.strides()[2], value.strides()[2], min(backend.VTILE, dim // parts) if dim % 32 == 0 else 16, wide, rows,
             k.log8, v.log8, k.offset, v.offset, k.bare or k.channels, v.bare, table.align, backend.AHEAD, backend.ASM, k.channels, parts, key.table is not None, backend.UNROLL, backend.VALUE_AHEAD,
-            backend.KEY_UNROLL, table.widest,
-            num_warps=1, num_stages=backend.STAGES, **backend.LIMIT,
+            backend.KEY_UNROLL, table.widest, table.key_integer, table.value_integer, early,
+            num_warps=1, num_stages=backend.STAGES, **backend.LIMIT, **({"launch_pdl": True} if early else {}),
         )  # fmt: skip
         return merge_triton.merge(out, stat, group, table.back, table.mean)
 
@@ -141,6 +142,7 @@ class _Tables:
                 self.matrix[head, at * TILE : at * TILE + seg.size] = rotation[head, seg.start : seg.start + seg.size]
                 at = end
         self.width = key.segments[0].width if _whole(key) and key.segments[0].width <= 4 else 0  # 0: read widths from `groups`
+        self.key_integer = self.width > 0 and consecutive(books[key.segments[0].book :][: 2**self.width])
         self.align = 2 if all(s.size % 2 == 0 for s in key.segments) else 1  # RoPE blocks are pairs of channels
         mean = torch.zeros(key.heads, key.dim) if key.mean is None else key.mean
         self.sums = torch.stack([mean.to(device), self.matrix.sum(1)], 1).contiguous()
@@ -148,6 +150,7 @@ class _Tables:
         self.widest = max(s.width for s in key.segments)
         seg = value.segments[0]
         self.value_books = value.levels[seg.book : seg.book + 2**seg.width].half().to(device)
+        self.value_integer = seg.width <= 4 and consecutive(self.value_books)
         self.value_levels = level_bytes(self.value_books[:16].cpu()).to(device)
         self.back = (eye if value.rotation is None else value.rotation).to(device).mT.contiguous()
         self.mean = (torch.zeros(value.heads, value.dim) if value.mean is None else value.mean).to(device).contiguous()

@@ -9,6 +9,7 @@ sides, width, first word, channels, first level, segments of the head, 8 words o
 import triton
 import triton.language as tl
 
+from kernels import affine_triton
 from kernels.nibbles_triton import high_nibbles, lane, lanes, levels, nibbles, table, wide_levels
 from kernels.sides_triton import packed, sides, unpacked
 
@@ -22,11 +23,13 @@ def _dots(y, q, s):
 
 
 @triton.jit
-def _narrow(base, first, n, words, half, full, turn, slot, q, s, scale, least, WIDTH: tl.constexpr, ASM: tl.constexpr, CHANNELS: tl.constexpr):
+def _narrow(base, first, n, words, half, full, turn, slot, q, s, scale, least, WIDTH: tl.constexpr, ASM: tl.constexpr, CHANNELS: tl.constexpr, INTEGER: tl.constexpr):
     word = nibbles(base + first, half * n + full, full, turn, slot, n, min(WIDTH, 4), ASM)
     if WIDTH > 4:
         high = high_nibbles(base + first, half * n + full, full, turn, slot, n, WIDTH)
         y = wide_levels(word, high, words[0], words[1], WIDTH, ASM)
+    elif INTEGER:
+        y = affine_triton.levels(word, words, ASM)
     else:
         y = levels(word, words, WIDTH, ASM)
     if CHANNELS:
@@ -57,11 +60,11 @@ def _gathered(base, half, full, turn, slot, n, books, width, ASM: tl.constexpr):
 @triton.jit
 def _segment(
     base, begin, end, first, n, words, half, full, turn, slot, q_at, s, scale, least,
-    WIDTH: tl.constexpr, G: tl.constexpr, AHEAD: tl.constexpr, ASM: tl.constexpr, CHANNELS: tl.constexpr, UNROLL: tl.constexpr = 1,
+    WIDTH: tl.constexpr, G: tl.constexpr, AHEAD: tl.constexpr, ASM: tl.constexpr, CHANNELS: tl.constexpr, UNROLL: tl.constexpr = 1, INTEGER: tl.constexpr = False,
 ):  # fmt: skip
     """Add the scores of one segment of WIDTH bits; its tiles are read AHEAD at a time. A loop, not unrolled: code must fit its cache."""
     for t in tl.range(begin, end, num_stages=AHEAD, loop_unroll_factor=UNROLL):
-        s = _narrow(base, first + (t - begin) * 16, n, words, half, full, turn, slot, tl.load(q_at + t * 16 * G), s, scale, least, WIDTH, ASM, CHANNELS)
+        s = _narrow(base, first + (t - begin) * 16, n, words, half, full, turn, slot, tl.load(q_at + t * 16 * G), s, scale, least, WIDTH, ASM, CHANNELS, INTEGER)
     return s
 
 
@@ -114,12 +117,14 @@ def decode_split(
     KEY_PAGE: tl.constexpr, VALUE_PAGE: tl.constexpr, VTILE: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, KEY_LOG8: tl.constexpr,
     VALUE_LOG8: tl.constexpr, KEY_OFFSET: tl.constexpr, VALUE_OFFSET: tl.constexpr, KEY_BARE: tl.constexpr,
     VALUE_BARE: tl.constexpr, ALIGN: tl.constexpr, AHEAD: tl.constexpr, ASM: tl.constexpr, CHANNELS: tl.constexpr, PARTS: tl.constexpr, TABLE: tl.constexpr,
-    UNROLL: tl.constexpr, VALUE_AHEAD: tl.constexpr, KEY_UNROLL: tl.constexpr, WIDEST: tl.constexpr,
+    UNROLL: tl.constexpr, VALUE_AHEAD: tl.constexpr, KEY_UNROLL: tl.constexpr, WIDEST: tl.constexpr, KEY_INTEGER: tl.constexpr, VALUE_INTEGER: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """out [B, H, splits, G, DIM], stat [B, H, splits, 2, G] float32: unnormalized outputs, maxima (base 2) and masses.
 
     A split without visible tokens writes its maximum, -inf, and its mass, 0, only.
     """
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     split, head, batch = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     length, visible = tl.load(lengths + batch), tl.load(first_visible + batch)
     visible = tl.maximum(visible, length - window)
@@ -138,9 +143,11 @@ def decode_split(
     SIDE: tl.constexpr = key_sides.dtype.element_ty.primitive_bitwidth
     VALUE_SIDE: tl.constexpr = value_sides.dtype.element_ty.primitive_bitwidth
     zero = tl.load(shifts + lane(ASM)) >> 4
-    value_levels = table(value_table, zero)
+    value_levels = affine_triton.table(value_table, zero) if VALUE_INTEGER else table(value_table, zero)
     within = row % 4
     half, turn, slot = within // 2, tl.load(shifts + row), tl.load(shifts + ROWS + row)
+    if EARLY:  # all that is read above was there before the query was turned
+        tl.extra.cuda.gdc_wait()
     bias, query_sum = tl.load(aux), tl.load(aux + G)
     top, mass = tl.full([G], float("-inf"), tl.float32), tl.zeros([G], tl.float32)
     place = (batch * HEADS + head) * tl.num_programs(0) + split
@@ -163,9 +170,10 @@ def decode_split(
         gains = packed(key_side + first_row * 32, KEY_BARE)
         q_at = query + col[:, None] * G + group[None, :]
         if KEY_WIDTH > 0:
+            words = affine_triton.table(groups + 8, zero) if KEY_INTEGER else table(groups + 8, zero)
             t = _segment(
-                key_words, 0, TILES, 0, TILES * 16, table(groups + 8, zero), half[:, None], key_full, turn[:, None], slot[:, None], q_at, none,
-                scale, scale + HEADS * DIM, KEY_WIDTH, G, AHEAD, ASM, CHANNELS, KEY_UNROLL,
+                key_words, 0, TILES, 0, TILES * 16, words, half[:, None], key_full, turn[:, None], slot[:, None], q_at, none,
+                scale, scale + HEADS * DIM, KEY_WIDTH, G, AHEAD, ASM, CHANNELS, KEY_UNROLL, KEY_INTEGER,
             )  # fmt: skip
             t = _weighed(none, t, unpacked(gains, token, SIDE, KEY_LOG8, KEY_BARE))
         else:
@@ -209,7 +217,7 @@ def decode_split(
             for d in tl.range(part * (DIM // VTILE) // PARTS, (part + 1) * (DIM // VTILE) // PARTS, num_stages=VALUE_AHEAD, loop_unroll_factor=UNROLL):
                 if VALUE_WIDTH <= 4:
                     word = nibbles(base + d * VTILE, half[None, :] * (DIM // PARTS) + full, full, turn[None, :], slot[None, :], DIM // PARTS, VALUE_WIDTH, ASM)
-                    y = levels(word, value_levels, VALUE_WIDTH, ASM)
+                    y = affine_triton.levels(word, value_levels, ASM) if VALUE_INTEGER else levels(word, value_levels, VALUE_WIDTH, ASM)
                 else:
                     y = _gathered(base + d * VTILE, half[None, :], full, turn[None, :], slot[None, :], DIM // PARTS, value_books, VALUE_WIDTH, ASM)
                 sums = out + d * VTILE
