@@ -26,8 +26,8 @@ def table(at, zero):
 def levels(word, words, ASM: tl.constexpr):
     """The eight float16 levels of a word's nibbles. words: see :func:`table`."""
     even, odd = words
-    y = ()
     if not ASM:
+        y = ()
         start = ((even & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) + 1024.0).to(tl.int32)
         for j in tl.static_range(8):
             y = y + ((((word >> (4 * j)) & 15) + start).to(tl.float16),)
@@ -51,6 +51,7 @@ def levels(word, words, ASM: tl.constexpr):
         "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r,r,r,r", [word, even, odd],
         dtype=(tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16), is_pure=True, pack=2,
     )  # fmt: skip
+    half = ()
     for j in tl.static_range(8):
-        y = y + (x[j].to(tl.float16, bitcast=True),)
-    return y
+        half = half + (x[j].to(tl.float16, bitcast=True),)
+    return half

@@ -16,6 +16,7 @@ VTILE = 16  # value channels decoded at a time
 KEY_UNROLL = 2  # key tiles in a row, where all are of one width
 UNROLL = 2  # such steps in a row
 LIMIT = {"maxnreg": 255}
+EARLY = 256  # most splits of decode attention whose kernels start before the kernel ahead of them ends (programmatic dependent launch)
 WARPS = 8  # single-warp programs that fit a multiprocessor at once (registers and shared memory)
 
 
@@ -35,9 +36,6 @@ def programs(device: torch.device) -> int:
     return WARPS * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
-EARLY = False  # the small kernels of decode attention start before the kernel ahead of them ends (programmatic dependent launch)
-
-
-def early(x: Tensor) -> bool:
-    """Whether kernels on x's device wait for the one ahead themselves: from compute capability 9.0 on, where `EARLY` asks for it."""
-    return EARLY and x.is_cuda and not INTERPRET and torch.cuda.get_device_capability(x.device) >= (9, 0)
+def early(x: Tensor, splits: int) -> bool:
+    """Whether the kernels of decode attention in so many splits wait themselves for the one ahead: few splits, compute capability 9.0 or more."""
+    return splits <= EARLY and x.is_cuda and not INTERPRET and torch.cuda.get_device_capability(x.device) >= (9, 0)

@@ -9,7 +9,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import backend
 
 DIRECT = 64  # most splits that are merged unfolded
 FOLDED = 32  # most that folding leaves
@@ -73,13 +72,14 @@ def merge_splits(
         tl.store(lse + query, tl.where(mass == 0, float("-inf"), (peak + tl.log2(some)) * 0.6931471805599453))
 
 
-def merge(out: Tensor, stat: Tensor, group: int, back: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+def merge(out: Tensor, stat: Tensor, group: int, back: Tensor, mean: Tensor, early: bool = False) -> tuple[Tensor, Tensor]:
     """(output [B, H group, D], lse [B, H group] natural logarithm) of splits out [B, H, splits, G, D] and stat [B, H, splits, 2, G], G >= group.
 
     back [H or 1, D, D]: the values' rotation transposed; mean [H, D]. A query without mass gets the mean and -inf.
+    early: see :func:`kernels.backend.early`; the kernels ahead of it must wait likewise.
     """
     batch, heads, splits, wide, dim = out.shape
-    queries, pad, early, whole = batch * heads * group, 1 << (dim - 1).bit_length(), backend.early(out), splits > DIRECT
+    queries, pad, whole = batch * heads * group, 1 << (dim - 1).bit_length(), splits > DIRECT
     launch = LIMIT | ({"launch_pdl": True} if early else {})
     new = lambda *shape: torch.empty(shape, device=out.device)  # noqa: E731
     if whole:

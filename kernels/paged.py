@@ -102,9 +102,9 @@ class PagedAttention:
         splits = min(blocks, splits or max(1, backend.programs(query.device) // (batch * heads)))
         per_split = -(-blocks // splits) * block
         splits = -(-blocks * block // per_split)
-        positions, early = table.matrix.shape[1], backend.early(query)
+        positions, early = table.matrix.shape[1], backend.early(query, splits)
         new = lambda *shape: torch.empty(shape, device=query.device)  # noqa: E731
-        turned, aux = query_triton.rotate(query, table.matrix, table.sums, scale * math.log2(math.e))
+        turned, aux = query_triton.rotate(query, table.matrix, table.sums, scale * math.log2(math.e), early)
         out, stat = new(batch, heads, splits, wide, dim), new(batch, heads, splits, 2, wide)
         twin.decode_split[(splits, heads, batch)](
             turned, aux, key.words, key.sides, value.words, value.sides, table.groups, table.books, table.value_levels, table.value_books, table.shifts, first, lengths,
@@ -117,7 +117,7 @@ class PagedAttention:
             backend.KEY_UNROLL, table.widest, table.key_integer, table.value_integer, early,
             num_warps=1, num_stages=backend.STAGES, **backend.LIMIT, **({"launch_pdl": True} if early else {}),
         )  # fmt: skip
-        return merge_triton.merge(out, stat, group, table.back, table.mean)
+        return merge_triton.merge(out, stat, group, table.back, table.mean, early)
 
 
 class _Tables:

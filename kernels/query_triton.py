@@ -8,8 +8,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import backend
-
 TILE = 4  # rows of a program, and its warps: each has one
 
 
@@ -38,11 +36,12 @@ def rotate_query(
         tl.store(out + (place * ROWS + block * TILE + row) * G + d, turned.to(out.dtype.element_ty), mask=there & (d < G))
 
 
-def rotate(query: Tensor, matrix: Tensor, sums: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def rotate(query: Tensor, matrix: Tensor, sums: Tensor, scale: float, early: bool = False) -> tuple[Tensor, Tensor]:
     """query [B, Hq, D], scaled, in stored positions [B, H, R, G] and its sums [B, H, 2, G] float32; query head h belongs to KV head h // (Hq // H).
 
     matrix [H, R, D] float32: the rows of the rotation at each stored position, R a multiple of 4; sums [H, 2, D] float32: the keys' mean
     and the rows' sum. G is a power of two of at least 8; what stands behind the last query is 0. float16 unless queries are float32.
+    early: the kernel behind it waits for it (:func:`kernels.backend.early`).
     """
     (batch, count, dim), (heads, rows, _) = query.shape, matrix.shape
     group, device = count // heads, query.device
@@ -50,6 +49,6 @@ def rotate(query: Tensor, matrix: Tensor, sums: Tensor, scale: float) -> tuple[T
     turned = torch.empty(batch, heads, rows, wide, dtype=torch.float32 if query.dtype == torch.float32 else torch.float16, device=device)
     aux = torch.empty(batch, heads, 2, wide, device=device)
     rotate_query[(rows // TILE + 1, heads, batch)](
-        query.contiguous(), matrix, sums, turned, aux, scale, heads, group, wide, rows, dim, max(wide, 1 << (dim - 1).bit_length()), TILE, backend.early(query), num_warps=TILE
+        query.contiguous(), matrix, sums, turned, aux, scale, heads, group, wide, rows, dim, max(wide, 1 << (dim - 1).bit_length()), TILE, early, num_warps=TILE
     )
     return turned, aux
