@@ -36,13 +36,13 @@ class Share(NamedTuple):
     groups: int
 
 
-def divide(rows: Layout, dim: int, width: int, budget: int) -> Share:
+def divide(rows: Layout, dim: int, width: int, budget: int, narrowest: int = 16) -> Share:
     """The fewest shares whose rows take at most `budget` bytes, entries being `width` bytes: by pieces first, which does nothing twice, then by stages.
 
-    A share has at most DEEPEST stages, whose codes are one word.
+    A share has at most DEEPEST stages, whose codes are one word, and at least `narrowest` channels (of each half, for keys).
     """
     slices = 1
-    while min(rows.R, DEEPEST) * rows.K * dim // slices * width > budget and slices < rows.PARTS and 32 * slices <= rows.PARTS * rows.W and not rows.SHARED:
+    while min(rows.R, DEEPEST) * rows.K * dim // slices * width > budget and slices < rows.PARTS and 2 * narrowest * slices <= rows.PARTS * rows.W and not rows.SHARED:
         slices *= 2
     held = rows.K * (rows.PIECE if rows.SHARED else dim // slices) * width
     depth = max((d for d in range(1, DEEPEST + 1) if rows.R % d == 0 and d * held <= budget), default=1)
@@ -222,11 +222,11 @@ def _values(
         tl.store(lse + place, tl.where(mass > 0, peak + tl.log(mass), float("-inf")), mask=g < GROUP)
 
 
-def _lanes(tables: int, batches: int, tokens: int) -> tuple[int, int, int, int]:
+def _lanes(tables: int, batches: int, tokens: int, tile: int = TILE) -> tuple[int, int, int, int]:
     # (lanes, stretches of tokens per table and sequence in pairs, tokens of a stretch, programs of the grid)
     units = tables * batches
     splits = max(1, min(triton.cdiv(tokens, FEW * TWICE), MULTIPROCESSORS // units))
-    share = TILE * triton.cdiv(tokens, TILE * TWICE * splits)
+    share = tile * triton.cdiv(tokens, tile * TWICE * splits)
     return units * splits, splits, share, triton.cdiv(units * splits, MULTIPROCESSORS) * MULTIPROCESSORS * TWICE
 
 
@@ -248,7 +248,7 @@ def attend(
     common = {"HEADS": heads, "GROUP": group, "D": dim, "BT": TILE, "BG": max(16, triton.next_power_of_2(group)),
               "MULTIPROCESSORS": MULTIPROCESSORS, "TWICE": TWICE, "KIND": kind(query), **LIMIT}  # fmt: skip
     if inv_freq is None:
-        scores = lookup_sums_triton.scores(query, keys, tokens, scale, _packed(keys.codes))[None]
+        scores = lookup_sums_triton.scores(query, keys, tokens, scale, _packed(keys.codes), tokens, None)[None]
     else:
         piece = keys.tables.shape[3] if keys.strided else None
         query = query[..., halves(dim, piece, query.device)] if piece else query.contiguous()

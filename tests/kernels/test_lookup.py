@@ -8,9 +8,10 @@ from kernels.attention import attend as dense
 
 triton_lookup = pytest.importorskip("kernels.lookup_triton", exc_type=ModuleNotFoundError)
 from kernels import lookup_bound_triton as bound  # noqa: E402  (needs triton too)
+from kernels import lookup_direct_triton as direct  # noqa: E402
 from kernels.lookup_rows_triton import layout  # noqa: E402
 
-KERNELS = {"tiles": triton_lookup, "bound": bound}
+KERNELS = {"tiles": triton_lookup, "bound": bound, "direct": direct}
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = {  # batch, heads, queries per head, D, tokens, key piece and stages, value piece and stages, entries, then options of `problem`
@@ -88,7 +89,7 @@ def test_definition_of_strided_pieces_and_sizes():
     torch.testing.assert_close(lookup.rebuild(lookup.Coded(codes, keys.tables.cpu(), keys.sizes.cpu(), True), 2, 20)[1, head, token, channel], value)
 
 
-@pytest.fixture(params=["tiles, short shares", "tiles, long shares", "bound, tables fit", "bound, by pieces and stages", "bound, more tables than processors"])
+@pytest.fixture(params=["tiles, short shares", "tiles, long shares", "bound, tables fit", "bound, by pieces and stages", "bound, more tables than processors", "direct, tables fit", "direct, by pieces and stages"])
 def kernel(request, monkeypatch):
     name, _, how = request.param.partition(", ")
     monkeypatch.setattr(triton_lookup, "SHARE", 64 if how == "short shares" else 512)
