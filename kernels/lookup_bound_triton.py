@@ -222,12 +222,12 @@ def _values(
         tl.store(lse + place, tl.where(mass > 0, peak + tl.log(mass), float("-inf")), mask=g < GROUP)
 
 
-def _lanes(tables: int, batches: int, tokens: int, tile: int = TILE) -> tuple[int, int, int, int]:
-    # (lanes, stretches of tokens per table and sequence in pairs, tokens of a stretch, programs of the grid)
+def _lanes(tables: int, batches: int, tokens: int, tile: int, twice: int) -> tuple[int, int, int, int]:
+    # (lanes, stretches of tokens per table and sequence, `twice` of them counted as one, tokens of a stretch, programs of the grid)
     units = tables * batches
-    splits = max(1, min(triton.cdiv(tokens, FEW * TWICE), MULTIPROCESSORS // units))
-    share = tile * triton.cdiv(tokens, tile * TWICE * splits)
-    return units * splits, splits, share, triton.cdiv(units * splits, MULTIPROCESSORS) * MULTIPROCESSORS * TWICE
+    splits = max(1, min(triton.cdiv(tokens, FEW * twice), MULTIPROCESSORS // units))
+    share = tile * triton.cdiv(tokens, tile * twice * splits)
+    return units * splits, splits, share, triton.cdiv(units * splits, MULTIPROCESSORS) * MULTIPROCESSORS * twice
 
 
 def _packed(codes: Tensor) -> bool:
@@ -253,7 +253,7 @@ def attend(
         piece = keys.tables.shape[3] if keys.strided else None
         query = query[..., halves(dim, piece, query.device)] if piece else query.contiguous()
         scores = torch.empty(mine.slices * mine.groups, rows, tokens, device=query.device)
-        lanes, splits, share, grid = _lanes(heads * mine.slices * mine.groups, batch, tokens)
+        lanes, splits, share, grid = _lanes(heads * mine.slices * mine.groups, batch, tokens, TILE, TWICE)
         _scores[grid,](
             query, keys.codes, keys.tables, keys.sizes, *rotation(inv_freq, piece, TILE, query.dtype == torch.float32), base, scores, tokens, share, lanes, splits, batch, scale,
             *keys.codes.stride(), *strides(keys.sizes, 3), **laid("KEY", key), SLICES=mine.slices, DEPTH=mine.depth, GROUPS=mine.groups,
@@ -261,7 +261,7 @@ def attend(
         )  # fmt: skip
     peaks = torch.full((rows,), float("-inf"), device=query.device)
     _join[rows, triton.cdiv(tokens, JOINED)](scores, first, peaks, tokens, rows, queries, PARTIAL=len(scores), RAGGED=first is not None, BT=JOINED)
-    lanes, splits, share, grid = _lanes(heads * theirs.slices * theirs.groups, batch, tokens)
+    lanes, splits, share, grid = _lanes(heads * theirs.slices * theirs.groups, batch, tokens, TILE, TWICE)
     parts = torch.empty(theirs.groups, splits * TWICE, rows, dim, device=query.device)
     sums = torch.empty(splits * TWICE, rows, device=query.device)
     _values[grid,](

@@ -18,22 +18,23 @@ from kernels import lookup_sums_triton
 from kernels.lookup_bound_triton import _lanes, _packed, _task, divide
 from kernels.lookup_rows_triton import halves, kind, layout, merge, rotation, seat, strides, turn
 
-WARPS = 8
-TILE = 16 * WARPS  # tokens of a program at once
-LIMIT = {"num_warps": WARPS, "maxnreg": 128}  # two programs to a multiprocessor
+WARPS = 8  # of a program, each with 16 tokens of a tile
+TWICE = 2  # programs of a multiprocessor that use the same rows
+REGISTERS = 128
+KEEP, PASS = "", ""  # how the first-level cache is asked to treat rows of tables, and codes
 TURNED = 8  # tiles whose queries a program of `_turned` turns
 ADDED = 1024  # scores that a program of `_add` adds up
 
 
 @triton.jit
-def _word(codes, offset, token, stride_code, stride_token, DEPTH: tl.constexpr, WORDS: tl.constexpr):
+def _word(codes, offset, token, stride_code, stride_token, DEPTH: tl.constexpr, WORDS: tl.constexpr, PASS: tl.constexpr):
     # Codes of DEPTH stages in the bytes of a word; WORDS: aligned words, one where none straddles two (4), else two (8)
     if WORDS > 0:
         place = codes + token * stride_token
-        low = tl.load((place + (offset & -4)).to(tl.pointer_type(tl.int32), bitcast=True))
+        low = tl.load((place + (offset & -4)).to(tl.pointer_type(tl.int32), bitcast=True), eviction_policy=PASS)
         if WORDS == 4:
             return low
-        high = tl.load((place + (offset + (DEPTH - 1) & -4)).to(tl.pointer_type(tl.int32), bitcast=True))
+        high = tl.load((place + (offset + (DEPTH - 1) & -4)).to(tl.pointer_type(tl.int32), bitcast=True), eviction_policy=PASS)
         shift = (offset & 3) * 8
         return ((low.to(tl.uint32, bitcast=True) >> shift) | (high.to(tl.uint32, bitcast=True) << (31 - shift) << 1)).to(tl.int32, bitcast=True)
     place = codes + offset * stride_code + token * stride_token
@@ -44,16 +45,16 @@ def _word(codes, offset, token, stride_code, stride_token, DEPTH: tl.constexpr, 
 
 
 @triton.jit
-def _rows(word, inside, V: tl.constexpr, DEPTH: tl.constexpr, K: tl.constexpr, PIECE: tl.constexpr, KIND: tl.constexpr):
+def _rows(word, inside, V: tl.constexpr, DEPTH: tl.constexpr, K: tl.constexpr, PIECE: tl.constexpr, KEEP: tl.constexpr, KIND: tl.constexpr):
     # [..., V] of KIND, one row's chunk for each stage summed. A loop that stays a loop is summed before it is put into the product's order.
     SPARED: tl.constexpr = 1 if DEPTH > 2 else 0
     if SPARED:
-        total = tl.load(inside + ((word & 255) * PIECE)[:, :, :, :, None]).to(KIND)
+        total = tl.load(inside + ((word & 255) * PIECE)[:, :, :, :, None], eviction_policy=KEEP).to(KIND)
     else:
         total = tl.zeros([word.shape[0], word.shape[1], word.shape[2], word.shape[3], V], KIND)
     for stage in tl.range(SPARED, DEPTH, num_stages=1):
         code = (word >> (8 * stage)) & 255
-        total += tl.load(inside + ((stage * K + code) * PIECE)[:, :, :, :, None]).to(KIND)
+        total += tl.load(inside + ((stage * K + code) * PIECE)[:, :, :, :, None], eviction_policy=KEEP).to(KIND)
     return total
 
 
@@ -96,6 +97,7 @@ def _scores(
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, PIECE: tl.constexpr, R: tl.constexpr, K: tl.constexpr, STRIPS: tl.constexpr, SHARED: tl.constexpr,
     PARTS: tl.constexpr, W: tl.constexpr, STEP: tl.constexpr, HIGH: tl.constexpr, SLICES: tl.constexpr, DEPTH: tl.constexpr, GROUPS: tl.constexpr,
     V: tl.constexpr, WORDS: tl.constexpr, WARPS: tl.constexpr, BG: tl.constexpr, MULTIPROCESSORS: tl.constexpr, TWICE: tl.constexpr, KIND: tl.constexpr,
+    KEEP: tl.constexpr, PASS: tl.constexpr,
 ):  # fmt: skip
     work, table, batch, stretch = _task(lanes, splits, batches, MULTIPROCESSORS, TWICE)
     if not work:
@@ -133,14 +135,15 @@ def _scores(
     end = tl.minimum(tokens, begin + share)
     t, g = tl.arange(0, WARPS)[:, None, None] * 16 + tl.arange(0, 16)[None, :, None], tl.arange(0, BG)[None, None, :]
     token = tl.minimum(begin + inner, tokens - 1)
-    low, high = _word(codes, offset, token, stride_code, stride_token, DEPTH, WORDS), _word(codes, upper, token, stride_code, stride_token, DEPTH, WORDS)
+    low, high = _word(codes, offset, token, stride_code, stride_token, DEPTH, WORDS, PASS), _word(codes, upper, token, stride_code, stride_token, DEPTH, WORDS, PASS)
+    visible = 0 if first is None else tl.load(first + batch).to(tl.int32)
     for at in tl.range(begin, end, BT, num_stages=1):
         token = tl.minimum(at + BT + inner, tokens - 1)
-        next_low = _word(codes, offset, token, stride_code, stride_token, DEPTH, WORDS)
-        next_high = _word(codes, upper, token, stride_code, stride_token, DEPTH, WORDS)
+        next_low = _word(codes, offset, token, stride_code, stride_token, DEPTH, WORDS, PASS)
+        next_high = _word(codes, upper, token, stride_code, stride_token, DEPTH, WORDS, PASS)
         tile = turned + at // BT * (GROUP * D)
         q_low, q_high = _query(tile, V, EIGHT, REP, WARPS, BG, GROUP, D), _query(tile + HALF, V, EIGHT, REP, WARPS, BG, GROUP, D)
-        k_low, k_high = _rows(low, inside, V, DEPTH, K, PIECE, KIND), _rows(high, inside + above, V, DEPTH, K, PIECE, KIND)
+        k_low, k_high = _rows(low, inside, V, DEPTH, K, PIECE, KEEP, KIND), _rows(high, inside + above, V, DEPTH, K, PIECE, KEEP, KIND)
         low, high = next_low, next_high
         k_low, k_high = k_low * cos - k_high * sin, k_high * cos + k_low * sin
         k_low = tl.permute(tl.reshape(k_low, [4, 8, 2, WARPS, REP, V // 2, 2]), [3, 2, 1, 4, 5, 0, 6])
@@ -153,7 +156,7 @@ def _scores(
             score *= size.to(tl.float32)
         seen = place < tokens
         if first is not None:
-            seen &= place >= tl.load(first + batch)
+            seen &= place >= visible
         tl.store(out + g * room + place, tl.where(seen, score, float("-inf")), mask=(g < GROUP) & (place < room))
 
 
@@ -174,6 +177,7 @@ def _values(
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, PIECE: tl.constexpr, R: tl.constexpr, K: tl.constexpr, STRIPS: tl.constexpr, SHARED: tl.constexpr,
     PARTS: tl.constexpr, W: tl.constexpr, STEP: tl.constexpr, HIGH: tl.constexpr, SLICES: tl.constexpr, DEPTH: tl.constexpr, GROUPS: tl.constexpr,
     V: tl.constexpr, WORDS: tl.constexpr, WARPS: tl.constexpr, BG: tl.constexpr, MULTIPROCESSORS: tl.constexpr, TWICE: tl.constexpr, KIND: tl.constexpr,
+    KEEP: tl.constexpr, PASS: tl.constexpr,
 ):  # fmt: skip
     work, table, batch, stretch = _task(lanes, splits, batches, MULTIPROCESSORS, TWICE)
     if not work:
@@ -209,11 +213,11 @@ def _values(
     peak = tl.where(peak > float("-inf"), peak, 0.0)
     heavy = tl.zeros([8, WARPS, MORE, 16], tl.float32)
     total = tl.zeros([WARPS, WIDE, BG], tl.float32)
-    word = _word(codes, offset, tl.minimum(begin + inner, tokens - 1), stride_code, stride_token, DEPTH, WORDS)
+    word = _word(codes, offset, tl.minimum(begin + inner, tokens - 1), stride_code, stride_token, DEPTH, WORDS, PASS)
     for at in tl.range(begin, end, BT, num_stages=1):
-        next_word = _word(codes, offset, tl.minimum(at + BT + inner, tokens - 1), stride_code, stride_token, DEPTH, WORDS)
+        next_word = _word(codes, offset, tl.minimum(at + BT + inner, tokens - 1), stride_code, stride_token, DEPTH, WORDS, PASS)
         score = tl.load(own + at, mask=real, other=float("-inf"))
-        value = _rows(word, inside, V, DEPTH, K, PIECE, KIND)
+        value = _rows(word, inside, V, DEPTH, K, PIECE, KEEP, KIND)
         weight = tl.exp2((score - peak[:, None, :, None]) * 1.4426950408889634)
         heavy += weight
         if sizes is not None:
@@ -269,23 +273,25 @@ def attend(
         return bound.attend(query, keys, values, tokens, scale, inv_freq, base, first)
     batch, queries, dim = query.shape
     heads = keys.tables.shape[0] * keys.tables.shape[3] // dim
-    group, rows, room = queries // heads, batch * queries, TILE * triton.cdiv(tokens, TILE)
+    group, rows, tile = queries // heads, batch * queries, 16 * WARPS
+    room = tile * triton.cdiv(tokens, tile)
     mine, theirs = divide(key, dim, keys.tables.element_size(), bound.CACHE), divide(value, dim, values.tables.element_size(), bound.CACHE, 32)
     common = {"HEADS": heads, "GROUP": group, "D": dim, "WARPS": WARPS, "BG": max(8, triton.next_power_of_2(group)),
-              "MULTIPROCESSORS": bound.MULTIPROCESSORS, "TWICE": bound.TWICE, "KIND": kind(query), **LIMIT}  # fmt: skip
+              "MULTIPROCESSORS": bound.MULTIPROCESSORS, "TWICE": TWICE, "KIND": kind(query),
+              "KEEP": KEEP, "PASS": PASS, "num_warps": WARPS, "maxnreg": REGISTERS}  # fmt: skip
     if inv_freq is None:
         scores = lookup_sums_triton.scores(query, keys, tokens, scale, _packed(keys.codes), room, first)[None]
     else:
         piece = keys.tables.shape[3] if keys.strided else None
         query = query[..., halves(dim, piece, query.device)] if piece else query.contiguous()
-        turns, offsets = rotation(inv_freq, piece, TILE, False)
-        tiles = room // TILE
+        turns, offsets = rotation(inv_freq, piece, tile, False)
+        tiles = room // tile
         turned = torch.empty(batch * heads, tiles, group, dim, device=query.device, dtype=torch.float16)
         _turned[batch * heads, triton.cdiv(tiles, TURNED)](
-            query, turns, base, turned, tiles, scale, HEADS=heads, GROUP=group, D=dim, BT=TILE, BG=triton.next_power_of_2(group), COUNT=TURNED
+            query, turns, base, turned, tiles, scale, HEADS=heads, GROUP=group, D=dim, BT=tile, BG=triton.next_power_of_2(group), COUNT=TURNED
         )
         scores = torch.empty(mine.slices * mine.groups, rows, room, device=query.device)
-        lanes, splits, share, grid = _lanes(heads * mine.slices * mine.groups, batch, tokens, TILE)
+        lanes, splits, share, grid = _lanes(heads * mine.slices * mine.groups, batch, tokens, tile, TWICE)
         _scores[grid,](
             turned, keys.codes, keys.tables, keys.sizes, offsets, first, scores, tokens, room, tiles, share, lanes, splits, batch,
             *keys.codes.stride(), *strides(keys.sizes, 3), **key._asdict(), SLICES=mine.slices, DEPTH=mine.depth, GROUPS=mine.groups,
@@ -293,9 +299,9 @@ def attend(
         )  # fmt: skip
         if len(scores) > 1:
             _add[triton.cdiv(rows * room, ADDED),](scores, rows * room, PARTIAL=len(scores), BLOCK=ADDED)
-    lanes, splits, share, grid = _lanes(heads * theirs.slices * theirs.groups, batch, tokens, TILE)
-    parts = torch.empty(theirs.groups, splits * bound.TWICE, rows, dim, device=query.device)
-    sums = torch.empty(splits * bound.TWICE, rows, device=query.device)
+    lanes, splits, share, grid = _lanes(heads * theirs.slices * theirs.groups, batch, tokens, tile, TWICE)
+    parts = torch.empty(theirs.groups, splits * TWICE, rows, dim, device=query.device)
+    sums = torch.empty(splits * TWICE, rows, device=query.device)
     _values[grid,](
         scores, values.codes, values.tables, values.sizes, parts, sums, tokens, room, share, lanes, splits, batch,
         *values.codes.stride(), *strides(values.sizes, 3), **value._asdict(), SLICES=theirs.slices, DEPTH=theirs.depth, GROUPS=theirs.groups,
