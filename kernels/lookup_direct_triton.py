@@ -23,7 +23,6 @@ TWICE = 2  # programs of a multiprocessor that use the same rows
 REGISTERS = 128
 KEEP, PASS = "", ""  # how the first-level cache is asked to treat rows of tables, and codes
 TURNED = 8  # tiles whose queries a program of `_turned` turns
-ADDED = 1024  # scores that a program of `_add` adds up
 
 
 @triton.jit
@@ -99,75 +98,67 @@ def _scores(
     V: tl.constexpr, WORDS: tl.constexpr, WARPS: tl.constexpr, BG: tl.constexpr, MULTIPROCESSORS: tl.constexpr, TWICE: tl.constexpr, KIND: tl.constexpr,
     KEEP: tl.constexpr, PASS: tl.constexpr,
 ):  # fmt: skip
-    work, table, batch, stretch = _task(lanes, splits, batches, MULTIPROCESSORS, TWICE)
+    work, head, batch, stretch = _task(lanes, splits, batches, MULTIPROCESSORS, TWICE)
     if not work:
         return
-    head, part, group = table // (SLICES * GROUPS), table // GROUPS % SLICES, table % GROUPS
     HALF: tl.constexpr = D // 2
     BT: tl.constexpr = 16 * WARPS
     OWN: tl.constexpr = PARTS // SLICES
     WIDE: tl.constexpr = OWN * W  # channels of each half
     REP: tl.constexpr = WIDE // (4 * V)
     EIGHT: tl.constexpr = min(V, 8)
+    above: tl.constexpr = (0 if SHARED else HIGH // PIECE * (R * K * PIECE)) + HIGH % PIECE  # from a row to the row of the other half
     codes, tables = seat(codes, tables, batch, head, stride_batch, stride_strip, stride_code, D, PIECE, R, K, STRIPS, SHARED)
-    earlier = part * (OWN * STEP // PIECE)  # pieces of earlier slices; 0 where a piece is half a head or more, which is never sliced
-    tables += ((0 if SHARED else earlier * R) + group * DEPTH) * (K * PIECE)
     # [4 lanes: chunks, 8 lanes: tokens, 2 tokens x warps, chunks, V]
     sw = tl.arange(0, 2 * WARPS)
     inner = tl.arange(0, 8)[None, :, None, None] + (sw % WARPS * 16 + sw // WARPS * 8)[None, None, :, None]
     chunk = tl.arange(0, 4)[:, None, None, None] + tl.arange(0, REP)[None, None, None, :] * 4
     piece = chunk // (W // V) * (STEP // PIECE)
     column = (chunk % (W // V) * V)[:, :, :, :, None] + tl.arange(0, V)[None, None, None, None, :]
-    inside = tables + (piece * 0 if SHARED else piece * (R * K * PIECE))[:, :, :, :, None] + column
-    above: tl.constexpr = (0 if SHARED else HIGH // PIECE * (R * K * PIECE)) + HIGH % PIECE
-    offset = (earlier + piece) * R + group * DEPTH
-    upper = offset + HIGH // PIECE * R
-    # cosines and sines of the tile's own positions, the same for every tile
     split = tl.arange(0, V // EIGHT)[None, None, None, None, :, None] * EIGHT + tl.arange(0, EIGHT)[None, None, None, None, None, :]
-    around = offsets + part * WIDE + (inner * HALF + chunk * V)[:, :, :, :, None, None] + split
-    cos = tl.reshape(tl.load(around), [4, 8, 2 * WARPS, REP, V])
-    sin = tl.reshape(tl.load(around + BT * HALF), [4, 8, 2 * WARPS, REP, V])
+    around = offsets + (inner * HALF + chunk * V)[:, :, :, :, None, None] + split
+    inside = tables + (piece * 0 if SHARED else piece * (R * K * PIECE))[:, :, :, :, None] + column
     unit = batch * HEADS + head
-    row = unit * GROUP
-    turned += (unit.to(tl.int64) * tiles) * (GROUP * D) + part * WIDE
-    out += ((part * GROUPS + group).to(tl.int64) * (batches * HEADS * GROUP) + row) * room
+    turned += (unit.to(tl.int64) * tiles) * (GROUP * D)
+    out += unit.to(tl.int64) * GROUP * room
+    visible = 0 if first is None else tl.load(first + batch).to(tl.int32)
     begin = stretch * share
     end = tl.minimum(tokens, begin + share)
     t, g = tl.arange(0, WARPS)[:, None, None] * 16 + tl.arange(0, 16)[None, :, None], tl.arange(0, BG)[None, None, :]
-    token = tl.minimum(begin + inner, tokens - 1)
-    low, high = _word(codes, offset, token, stride_code, stride_token, DEPTH, WORDS, PASS), _word(codes, upper, token, stride_code, stride_token, DEPTH, WORDS, PASS)
-    visible = 0 if first is None else tl.load(first + batch).to(tl.int32)
-    for at in tl.range(begin, end, BT, num_stages=1):
-        token = tl.minimum(at + BT + inner, tokens - 1)
-        next_low = _word(codes, offset, token, stride_code, stride_token, DEPTH, WORDS, PASS)
-        next_high = _word(codes, upper, token, stride_code, stride_token, DEPTH, WORDS, PASS)
-        tile = turned + at // BT * (GROUP * D)
-        q_low, q_high = _query(tile, V, EIGHT, REP, WARPS, BG, GROUP, D), _query(tile + HALF, V, EIGHT, REP, WARPS, BG, GROUP, D)
-        k_low, k_high = _rows(low, inside, V, DEPTH, K, PIECE, KEEP, KIND), _rows(high, inside + above, V, DEPTH, K, PIECE, KEEP, KIND)
-        low, high = next_low, next_high
-        k_low, k_high = k_low * cos - k_high * sin, k_high * cos + k_low * sin
-        k_low = tl.permute(tl.reshape(k_low, [4, 8, 2, WARPS, REP, V // 2, 2]), [3, 2, 1, 4, 5, 0, 6])
-        k_high = tl.permute(tl.reshape(k_high, [4, 8, 2, WARPS, REP, V // 2, 2]), [3, 2, 1, 4, 5, 0, 6])
-        score = tl.dot(tl.reshape(k_low, [WARPS, 16, WIDE]), q_low, input_precision="ieee")
-        score = tl.dot(tl.reshape(k_high, [WARPS, 16, WIDE]), q_high, score, input_precision="ieee")
-        place = at + t
-        if sizes is not None:
-            size = tl.load(sizes + batch.to(tl.int64) * size_batch + head * size_head + tl.minimum(place, tokens - 1) * size_token)
-            score *= size.to(tl.float32)
-        seen = place < tokens
-        if first is not None:
-            seen &= place >= visible
-        tl.store(out + g * room + place, tl.where(seen, score, float("-inf")), mask=(g < GROUP) & (place < room))
-
-
-@triton.jit
-def _add(scores, count, PARTIAL: tl.constexpr, BLOCK: tl.constexpr):
-    # Partial scores added up into the first
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    score = tl.load(scores + at, mask=at < count, other=0.0)
-    for share in tl.static_range(1, PARTIAL):
-        score += tl.load(scores + share * count.to(tl.int64) + at, mask=at < count, other=0.0)
-    tl.store(scores + at, score, mask=at < count)
+    for turn_of in tl.range(0, SLICES * GROUPS, num_stages=1):  # one share of the tables after the other, each added to what is there
+        part, group = turn_of // GROUPS, turn_of % GROUPS
+        earlier = part * (OWN * STEP // PIECE)  # pieces of earlier slices; 0 where a piece is half a head or more, which is never sliced
+        rows = inside + ((0 if SHARED else earlier * R) + group * DEPTH) * (K * PIECE)
+        offset = (earlier + piece) * R + group * DEPTH
+        # cosines and sines of the tile's own positions, the same for every tile
+        cos = tl.reshape(tl.load(around + part * WIDE), [4, 8, 2 * WARPS, REP, V])
+        sin = tl.reshape(tl.load(around + part * WIDE + BT * HALF), [4, 8, 2 * WARPS, REP, V])
+        token = tl.minimum(begin + inner, tokens - 1)
+        low = _word(codes, offset, token, stride_code, stride_token, DEPTH, WORDS, PASS)
+        high = low if HIGH < PIECE else _word(codes, offset + HIGH // PIECE * R, token, stride_code, stride_token, DEPTH, WORDS, PASS)
+        tl.debug_barrier()
+        for at in tl.range(begin, end, BT, num_stages=1):
+            token = tl.minimum(at + BT + inner, tokens - 1)
+            next_low = _word(codes, offset, token, stride_code, stride_token, DEPTH, WORDS, PASS)
+            next_high = next_low if HIGH < PIECE else _word(codes, offset + HIGH // PIECE * R, token, stride_code, stride_token, DEPTH, WORDS, PASS)
+            tile = turned + at // BT * (GROUP * D) + part * WIDE
+            q_low, q_high = _query(tile, V, EIGHT, REP, WARPS, BG, GROUP, D), _query(tile + HALF, V, EIGHT, REP, WARPS, BG, GROUP, D)
+            k_low, k_high = _rows(low, rows, V, DEPTH, K, PIECE, KEEP, KIND), _rows(high, rows + above, V, DEPTH, K, PIECE, KEEP, KIND)
+            low, high = next_low, next_high
+            k_low, k_high = k_low * cos - k_high * sin, k_high * cos + k_low * sin
+            k_low = tl.permute(tl.reshape(k_low, [4, 8, 2, WARPS, REP, V // 2, 2]), [3, 2, 1, 4, 5, 0, 6])
+            k_high = tl.permute(tl.reshape(k_high, [4, 8, 2, WARPS, REP, V // 2, 2]), [3, 2, 1, 4, 5, 0, 6])
+            score = tl.dot(tl.reshape(k_low, [WARPS, 16, WIDE]), q_low, input_precision="ieee")
+            score = tl.dot(tl.reshape(k_high, [WARPS, 16, WIDE]), q_high, score, input_precision="ieee")
+            place = at + t
+            if sizes is not None:
+                size = tl.load(sizes + batch.to(tl.int64) * size_batch + head * size_head + tl.minimum(place, tokens - 1) * size_token)
+                score *= size.to(tl.float32)
+            own, mine = out + g * room + place, (g < GROUP) & (place < room)
+            if SLICES * GROUPS > 1:
+                score += tl.load(own, mask=mine & (turn_of > 0), other=0.0)
+            seen = place < tokens if first is None else (place < tokens) & (place >= visible)
+            tl.store(own, tl.where(seen, score, float("-inf")), mask=mine)
 
 
 @triton.jit
@@ -280,7 +271,7 @@ def attend(
               "MULTIPROCESSORS": bound.MULTIPROCESSORS, "TWICE": TWICE, "KIND": kind(query),
               "KEEP": KEEP, "PASS": PASS, "num_warps": WARPS, "maxnreg": REGISTERS}  # fmt: skip
     if inv_freq is None:
-        scores = lookup_sums_triton.scores(query, keys, tokens, scale, _packed(keys.codes), room, first)[None]
+        scores = lookup_sums_triton.scores(query, keys, tokens, scale, _packed(keys.codes), room, first)
     else:
         piece = keys.tables.shape[3] if keys.strided else None
         query = query[..., halves(dim, piece, query.device)] if piece else query.contiguous()
@@ -290,15 +281,13 @@ def attend(
         _turned[batch * heads, triton.cdiv(tiles, TURNED)](
             query, turns, base, turned, tiles, scale, HEADS=heads, GROUP=group, D=dim, BT=tile, BG=triton.next_power_of_2(group), COUNT=TURNED
         )
-        scores = torch.empty(mine.slices * mine.groups, rows, room, device=query.device)
-        lanes, splits, share, grid = _lanes(heads * mine.slices * mine.groups, batch, tokens, tile, TWICE)
+        scores = torch.empty(rows, room, device=query.device)
+        lanes, splits, share, grid = _lanes(heads, batch, tokens, tile, TWICE)
         _scores[grid,](
             turned, keys.codes, keys.tables, keys.sizes, offsets, first, scores, tokens, room, tiles, share, lanes, splits, batch,
             *keys.codes.stride(), *strides(keys.sizes, 3), **key._asdict(), SLICES=mine.slices, DEPTH=mine.depth, GROUPS=mine.groups,
             V=_chunk(key, dim // 2 // mine.slices, 4, keys.tables.element_size()), WORDS=_words(keys, mine.depth), **common,
         )  # fmt: skip
-        if len(scores) > 1:
-            _add[triton.cdiv(rows * room, ADDED),](scores, rows * room, PARTIAL=len(scores), BLOCK=ADDED)
     lanes, splits, share, grid = _lanes(heads * theirs.slices * theirs.groups, batch, tokens, tile, TWICE)
     parts = torch.empty(theirs.groups, splits * TWICE, rows, dim, device=query.device)
     sums = torch.empty(splits * TWICE, rows, device=query.device)
