@@ -13,6 +13,7 @@ from kernels.lookup_rows_triton import kind
 
 ROWS = 128  # table rows multiplied at once
 TILE = 256  # tokens summed at once
+WIDE = True  # whether sixteen codes are asked for at once
 PROGRAMS = 528  # four for each of 132 multiprocessors
 
 
@@ -41,6 +42,15 @@ def _products(
 
 
 @triton.jit
+def _looked_up(score, products, word, first, COUNT: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, g):
+    # `score` [tokens, queries] and the products of COUNT codes from number `first` on, the bytes of a word
+    for i in tl.static_range(COUNT):
+        code = (first + i) * K + ((word >> (8 * i)) & 255)
+        score += tl.load(products + code[:, None] * GROUP + g[None, :], mask=g[None, :] < GROUP, other=0.0).to(tl.float32)
+    return score
+
+
+@triton.jit
 def _sums(
     products, codes, sizes, first, out, tokens, room, share, stride_batch, stride_strip, stride_code, stride_token, size_batch, size_head, size_token,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, PIECE: tl.constexpr, R: tl.constexpr, K: tl.constexpr,
@@ -64,11 +74,18 @@ def _sums(
         score = tl.zeros([BT, BG], tl.float32)
         for begun in tl.static_range(0, COUNT, WORD):
             place = codes + begun * stride_code + token * stride_token
-            place = place.to(tl.pointer_type(tl.int32), bitcast=True) if WORD == 4 else place
-            word = tl.load(place, mask=seen, other=0).to(tl.int32)
-            for i in tl.static_range(WORD):
-                code = (begun + i) * K + ((word >> (8 * i)) & 255)
-                score += tl.load(products + code[:, None] * GROUP + g[None, :], mask=g[None, :] < GROUP, other=0.0).to(tl.float32)
+            if WORD == 16:  # sixteen codes at once: a line of the cache is asked for once, not four times
+                four = tl.load(place.to(tl.pointer_type(tl.int32), bitcast=True)[:, None] + tl.arange(0, 4)[None, :], mask=seen[:, None], other=0)
+                even, odd = tl.split(tl.reshape(four, [BT, 2, 2]))
+                a, c = tl.split(even)
+                b, d = tl.split(odd)
+                score = _looked_up(score, products, a, begun, 4, GROUP, K, g)
+                score = _looked_up(score, products, b, begun + 4, 4, GROUP, K, g)
+                score = _looked_up(score, products, c, begun + 8, 4, GROUP, K, g)
+                score = _looked_up(score, products, d, begun + 12, 4, GROUP, K, g)
+            else:
+                place = place.to(tl.pointer_type(tl.int32), bitcast=True) if WORD == 4 else place
+                score = _looked_up(score, products, tl.load(place, mask=seen, other=0).to(tl.int32), begun, WORD, GROUP, K, g)
         if sizes is not None:
             size = tl.load(sizes + batch.to(tl.int64) * size_batch + head * size_head + token * size_token, mask=seen, other=0.0)
             score *= size.to(tl.float32)[:, None]
@@ -101,7 +118,7 @@ def scores(query: Tensor, keys, tokens: int, scale: float, packed: bool, room: i
     share = TILE * triton.cdiv(tokens, TILE * splits)
     _sums[batch * heads, triton.cdiv(room, share)](
         products, keys.codes, keys.sizes, first, out, tokens, room, share, *keys.codes.stride(), *((0, 0, 0) if keys.sizes is None else keys.sizes.stride()),
-        **shape, R=stages, K=entries, STRIPS=keys.codes.shape[1] > 1, COUNT=count, WORD=4 if packed and count % 4 == 0 else 1,
+        **shape, R=stages, K=entries, STRIPS=keys.codes.shape[1] > 1, COUNT=count, WORD=16 if WIDE and packed and count % 16 == 0 and not any(n % 16 for n in (*keys.codes.stride()[:2], keys.codes.stride(3), keys.codes.data_ptr())) else 4 if packed and count % 4 == 0 else 1,
         BG=triton.next_power_of_2(group), BT=TILE, num_warps=8,
     )  # fmt: skip
     return out
