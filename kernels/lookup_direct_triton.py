@@ -16,45 +16,15 @@ from torch import Tensor
 from kernels import lookup_bound_triton as bound
 from kernels import lookup_sums_triton
 from kernels.lookup_bound_triton import _lanes, _packed, _task, divide
+from kernels.lookup_codes_triton import gathered, picked, words
 from kernels.lookup_rows_triton import halves, kind, layout, merge, rotation, seat, strides, turn
 
 WARPS = 8  # of a program, each with 16 tokens of a tile
 TWICE = 2  # programs of a multiprocessor that use the same rows
 REGISTERS = 128
+PICK = True  # whether lanes that share a token ask for its codes once and exchange them
 KEEP, PASS = "", ""  # how the first-level cache is asked to treat rows of tables, and codes
 TURNED = 8  # tiles whose queries a program of `_turned` turns
-
-
-@triton.jit
-def _word(codes, offset, token, stride_code, stride_token, DEPTH: tl.constexpr, WORDS: tl.constexpr, PASS: tl.constexpr):
-    # Codes of DEPTH stages in the bytes of a word; WORDS: aligned words, one where none straddles two (4), else two (8)
-    if WORDS > 0:
-        place = codes + token * stride_token
-        low = tl.load((place + (offset & -4)).to(tl.pointer_type(tl.int32), bitcast=True), eviction_policy=PASS)
-        if WORDS == 4:
-            return low
-        high = tl.load((place + (offset + (DEPTH - 1) & -4)).to(tl.pointer_type(tl.int32), bitcast=True), eviction_policy=PASS)
-        shift = (offset & 3) * 8
-        return ((low.to(tl.uint32, bitcast=True) >> shift) | (high.to(tl.uint32, bitcast=True) << (31 - shift) << 1)).to(tl.int32, bitcast=True)
-    place = codes + offset * stride_code + token * stride_token
-    word = tl.load(place).to(tl.int32)
-    for stage in tl.static_range(1, DEPTH):
-        word |= tl.load(place + stage * stride_code).to(tl.int32) << (8 * stage)
-    return word
-
-
-@triton.jit
-def _rows(word, inside, V: tl.constexpr, DEPTH: tl.constexpr, K: tl.constexpr, PIECE: tl.constexpr, KEEP: tl.constexpr, KIND: tl.constexpr):
-    # [..., V] of KIND, one row's chunk for each stage summed. A loop that stays a loop is summed before it is put into the product's order.
-    SPARED: tl.constexpr = 1 if DEPTH > 2 else 0
-    if SPARED:
-        total = tl.load(inside + ((word & 255) * PIECE)[:, :, :, :, None], eviction_policy=KEEP).to(KIND)
-    else:
-        total = tl.zeros([word.shape[0], word.shape[1], word.shape[2], word.shape[3], V], KIND)
-    for stage in tl.range(SPARED, DEPTH, num_stages=1):
-        code = (word >> (8 * stage)) & 255
-        total += tl.load(inside + ((stage * K + code) * PIECE)[:, :, :, :, None], eviction_policy=KEEP).to(KIND)
-    return total
 
 
 @triton.jit
@@ -107,6 +77,7 @@ def _scores(
     WIDE: tl.constexpr = OWN * W  # channels of each half
     REP: tl.constexpr = WIDE // (4 * V)
     EIGHT: tl.constexpr = min(V, 8)
+    ONE: tl.constexpr = WORDS == 16 or HIGH < PIECE  # whether what is read for the lower half holds the upper half's codes
     above: tl.constexpr = (0 if SHARED else HIGH // PIECE * (R * K * PIECE)) + HIGH % PIECE  # from a row to the row of the other half
     codes, tables = seat(codes, tables, batch, head, stride_batch, stride_strip, stride_code, D, PIECE, R, K, STRIPS, SHARED)
     # [4 lanes: chunks, 8 lanes: tokens, 2 tokens x warps, chunks, V]
@@ -118,6 +89,7 @@ def _scores(
     split = tl.arange(0, V // EIGHT)[None, None, None, None, :, None] * EIGHT + tl.arange(0, EIGHT)[None, None, None, None, None, :]
     around = offsets + (inner * HALF + chunk * V)[:, :, :, :, None, None] + split
     inside = tables + (piece * 0 if SHARED else piece * (R * K * PIECE))[:, :, :, :, None] + column
+    lane = tl.minimum(tl.arange(0, 4), D // PIECE * R // 4 - 1)[:, None, None, None] if WORDS == 16 else 0
     unit = batch * HEADS + head
     turned += (unit.to(tl.int64) * tiles) * (GROUP * D)
     out += unit.to(tl.int64) * GROUP * room
@@ -134,16 +106,20 @@ def _scores(
         cos = tl.reshape(tl.load(around + part * WIDE), [4, 8, 2 * WARPS, REP, V])
         sin = tl.reshape(tl.load(around + part * WIDE + BT * HALF), [4, 8, 2 * WARPS, REP, V])
         token = tl.minimum(begin + inner, tokens - 1)
-        low = _word(codes, offset, token, stride_code, stride_token, DEPTH, WORDS, PASS)
-        high = low if HIGH < PIECE else _word(codes, offset + HIGH // PIECE * R, token, stride_code, stride_token, DEPTH, WORDS, PASS)
+        upper = offset + HIGH // PIECE * R
+        mine = lane * 4 if WORDS == 16 else offset
+        low = words(codes, mine, token, stride_code, stride_token, DEPTH, WORDS, PASS)
+        high = low if ONE else words(codes, upper, token, stride_code, stride_token, DEPTH, WORDS, PASS)
         tl.debug_barrier()
         for at in tl.range(begin, end, BT, num_stages=1):
             token = tl.minimum(at + BT + inner, tokens - 1)
-            next_low = _word(codes, offset, token, stride_code, stride_token, DEPTH, WORDS, PASS)
-            next_high = next_low if HIGH < PIECE else _word(codes, offset + HIGH // PIECE * R, token, stride_code, stride_token, DEPTH, WORDS, PASS)
+            next_low = words(codes, mine, token, stride_code, stride_token, DEPTH, WORDS, PASS)
+            next_high = next_low if ONE else words(codes, upper, token, stride_code, stride_token, DEPTH, WORDS, PASS)
+            if WORDS == 16:
+                high, low = picked(low, upper, DEPTH), picked(low, offset, DEPTH)
             tile = turned + at // BT * (GROUP * D) + part * WIDE
             q_low, q_high = _query(tile, V, EIGHT, REP, WARPS, BG, GROUP, D), _query(tile + HALF, V, EIGHT, REP, WARPS, BG, GROUP, D)
-            k_low, k_high = _rows(low, rows, V, DEPTH, K, PIECE, KEEP, KIND), _rows(high, rows + above, V, DEPTH, K, PIECE, KEEP, KIND)
+            k_low, k_high = gathered(low, rows, V, DEPTH, K, PIECE, KEEP, KIND), gathered(high, rows + above, V, DEPTH, K, PIECE, KEEP, KIND)
             low, high = next_low, next_high
             k_low, k_high = k_low * cos - k_high * sin, k_high * cos + k_low * sin
             k_low = tl.permute(tl.reshape(k_low, [4, 8, 2, WARPS, REP, V // 2, 2]), [3, 2, 1, 4, 5, 0, 6])
@@ -154,11 +130,11 @@ def _scores(
             if sizes is not None:
                 size = tl.load(sizes + batch.to(tl.int64) * size_batch + head * size_head + tl.minimum(place, tokens - 1) * size_token)
                 score *= size.to(tl.float32)
-            own, mine = out + g * room + place, (g < GROUP) & (place < room)
+            own, real = out + g * room + place, (g < GROUP) & (place < room)
             if SLICES * GROUPS > 1:
-                score += tl.load(own, mask=mine & (turn_of > 0), other=0.0)
+                score += tl.load(own, mask=real & (turn_of > 0), other=0.0)
             seen = place < tokens if first is None else (place < tokens) & (place >= visible)
-            tl.store(own, tl.where(seen, score, float("-inf")), mask=mine)
+            tl.store(own, tl.where(seen, score, float("-inf")), mask=real)
 
 
 @triton.jit
@@ -204,11 +180,11 @@ def _values(
     peak = tl.where(peak > float("-inf"), peak, 0.0)
     heavy = tl.zeros([8, WARPS, MORE, 16], tl.float32)
     total = tl.zeros([WARPS, WIDE, BG], tl.float32)
-    word = _word(codes, offset, tl.minimum(begin + inner, tokens - 1), stride_code, stride_token, DEPTH, WORDS, PASS)
+    word = words(codes, offset, tl.minimum(begin + inner, tokens - 1), stride_code, stride_token, DEPTH, WORDS, PASS)
     for at in tl.range(begin, end, BT, num_stages=1):
-        next_word = _word(codes, offset, tl.minimum(at + BT + inner, tokens - 1), stride_code, stride_token, DEPTH, WORDS, PASS)
+        next_word = words(codes, offset, tl.minimum(at + BT + inner, tokens - 1), stride_code, stride_token, DEPTH, WORDS, PASS)
         score = tl.load(own + at, mask=real, other=float("-inf"))
-        value = _rows(word, inside, V, DEPTH, K, PIECE, KEEP, KIND)
+        value = gathered(word, inside, V, DEPTH, K, PIECE, KEEP, KIND)
         weight = tl.exp2((score - peak[:, None, :, None]) * 1.4426950408889634)
         heavy += weight
         if sizes is not None:
@@ -232,11 +208,11 @@ def _values(
     b, d = tl.split(odd)
     g = tl.arange(0, BG)[None, None, None, :]
     channel = (tl.arange(0, REP)[:, None, None, None] * 8 + tl.arange(0, 8)[None, None, :, None]) * V + tl.arange(0, V // 4)[None, :, None, None] * 4
-    mine = out + (group * (splits * TWICE) * rows.to(tl.int64) + place + g) * D + part * WIDE + channel
-    tl.store(mine, tl.sum(a, 0) / mass, mask=g < GROUP)
-    tl.store(mine + 1, tl.sum(b, 0) / mass, mask=g < GROUP)
-    tl.store(mine + 2, tl.sum(c, 0) / mass, mask=g < GROUP)
-    tl.store(mine + 3, tl.sum(d, 0) / mass, mask=g < GROUP)
+    place = out + (group * (splits * TWICE) * rows.to(tl.int64) + place + g) * D + part * WIDE + channel
+    tl.store(place, tl.sum(a, 0) / mass, mask=g < GROUP)
+    tl.store(place + 1, tl.sum(b, 0) / mass, mask=g < GROUP)
+    tl.store(place + 2, tl.sum(c, 0) / mass, mask=g < GROUP)
+    tl.store(place + 3, tl.sum(d, 0) / mass, mask=g < GROUP)
 
 
 def _chunk(rows, dim: int, lanes: int, bytes_: int) -> int:
@@ -245,11 +221,17 @@ def _chunk(rows, dim: int, lanes: int, bytes_: int) -> int:
 
 
 def _words(coded, depth: int) -> int:
-    # As `_word` takes them; 0 where codes of a token do not lie side by side in aligned rows
+    # As `words` takes them; 0 where codes of a token do not lie side by side in aligned rows
     codes = coded.codes
     if codes.stride(2) != 1 or codes.data_ptr() % 4 or any(codes.stride(i) % 4 for i in (0, 1, 3)) or depth == 1:
         return 0
     return 4 if depth == 4 else 8
+
+
+def _picks(rows, share, dim: int, wide: int) -> bool:
+    # Whether the four lanes of a token hold all its codes, one word each, and nothing else
+    codes = dim // rows.PIECE * rows.R
+    return PICK and share.slices * share.groups == 1 and dim == 8 * wide and 4 < codes <= 16 and codes % 4 == 0
 
 
 def attend(
@@ -283,10 +265,11 @@ def attend(
         )
         scores = torch.empty(rows, room, device=query.device)
         lanes, splits, share, grid = _lanes(heads, batch, tokens, tile, TWICE)
+        wide, words_ = _chunk(key, dim // 2 // mine.slices, 4, keys.tables.element_size()), _words(keys, mine.depth)
         _scores[grid,](
             turned, keys.codes, keys.tables, keys.sizes, offsets, first, scores, tokens, room, tiles, share, lanes, splits, batch,
             *keys.codes.stride(), *strides(keys.sizes, 3), **key._asdict(), SLICES=mine.slices, DEPTH=mine.depth, GROUPS=mine.groups,
-            V=_chunk(key, dim // 2 // mine.slices, 4, keys.tables.element_size()), WORDS=_words(keys, mine.depth), **common,
+            V=wide, WORDS=16 if words_ and _picks(key, mine, dim, wide) else words_, **common,
         )  # fmt: skip
     lanes, splits, share, grid = _lanes(heads * theirs.slices * theirs.groups, batch, tokens, tile, TWICE)
     parts = torch.empty(theirs.groups, splits * TWICE, rows, dim, device=query.device)
