@@ -102,9 +102,7 @@ def merge(parts: Tensor, sums: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp of `merge_shares`; out [B, Hq, D] is written, the log-sum-exp [B, Hq] is new. All float32."""
     groups, splits, rows, dim = parts.shape
     lse = torch.empty(out.shape[:2], device=out.device)
-    merge_shares[rows, dim // MERGED](
-        parts, sums, out, lse, splits, rows, D=dim, SPLITS=triton.next_power_of_2(splits), GROUPS=groups, BLOCK=32, WIDE=MERGED, num_warps=1
-    )
+    merge_shares[rows, dim // MERGED](parts, sums, out, lse, splits, rows, D=dim, SPLITS=triton.next_power_of_2(splits), GROUPS=groups, BLOCK=32, WIDE=MERGED, num_warps=1)
     return out, lse
 
 

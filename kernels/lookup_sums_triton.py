@@ -95,6 +95,14 @@ def _sums(
         tl.store(out + g[None, :].to(tl.int64) * room + token[:, None], score, mask=(token < end)[:, None] & (g[None, :] < GROUP))
 
 
+def _word(codes: Tensor, count: int) -> int:
+    # How many of a token's `count` codes, which lie side by side, are asked for at once
+    aligned = not any(n % 16 for n in (*codes.stride()[:2], codes.stride(3), codes.data_ptr()))
+    if WIDE and aligned and count % 16 == 0:
+        return 16
+    return 4 if count % 4 == 0 else 1
+
+
 def scores(query: Tensor, keys, tokens: int, scale: float, packed: bool, room: int, first: Tensor | None) -> Tensor:
     """Scores [B * Hq, room] float32 of query [B, Hq, D] (channels in order) with keys coded after RoPE; `packed`: codes of a token lie side by side.
 
@@ -118,7 +126,7 @@ def scores(query: Tensor, keys, tokens: int, scale: float, packed: bool, room: i
     share = TILE * triton.cdiv(tokens, TILE * splits)
     _sums[batch * heads, triton.cdiv(room, share)](
         products, keys.codes, keys.sizes, first, out, tokens, room, share, *keys.codes.stride(), *((0, 0, 0) if keys.sizes is None else keys.sizes.stride()),
-        **shape, R=stages, K=entries, STRIPS=keys.codes.shape[1] > 1, COUNT=count, WORD=16 if WIDE and packed and count % 16 == 0 and not any(n % 16 for n in (*keys.codes.stride()[:2], keys.codes.stride(3), keys.codes.data_ptr())) else 4 if packed and count % 4 == 0 else 1,
+        **shape, R=stages, K=entries, STRIPS=keys.codes.shape[1] > 1, COUNT=count, WORD=_word(keys.codes, count) if packed else 1,
         BG=triton.next_power_of_2(group), BT=TILE, num_warps=8,
     )  # fmt: skip
     return out
