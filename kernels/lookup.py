@@ -18,7 +18,7 @@ from kernels import rvq
 from kernels.attention import Part
 from kernels.attention import attend as dense
 
-KERNEL = "bound"  # or tiles
+KERNEL = "bound"  # or direct, tiles
 NARROWEST = 32  # channels of a head that the kernels read: half of them is the least a product takes; narrower heads are read as defined
 
 
@@ -57,9 +57,9 @@ def attend(query: Tensor, keys: Coded, values: Coded, tokens: int, scale: float,
     inv_freq [D/2] and base [B] (position of token 0, integers): given for keys coded before RoPE. first [B]: first visible token.
     """
     if query.is_cuda and query.shape[2] >= NARROWEST:
-        from kernels import lookup_bound_triton, lookup_triton
+        from kernels import lookup_bound_triton, lookup_direct_triton, lookup_triton
 
-        kernel = {"tiles": lookup_triton, "bound": lookup_bound_triton}[KERNEL]
+        kernel = {"tiles": lookup_triton, "bound": lookup_bound_triton, "direct": lookup_direct_triton}[KERNEL]
         return kernel.attend(query, keys, values, tokens, scale, inv_freq, base, first)
     heads = keys.tables.shape[0] * keys.tables.shape[3] // query.shape[2]
     key, value = (rebuild(coded, heads, tokens) for coded in (keys, values))

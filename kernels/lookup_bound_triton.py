@@ -36,13 +36,13 @@ class Share(NamedTuple):
     groups: int
 
 
-def divide(rows: Layout, dim: int, width: int, budget: int) -> Share:
+def divide(rows: Layout, dim: int, width: int, budget: int, narrowest: int = 16) -> Share:
     """The fewest shares whose rows take at most `budget` bytes, entries being `width` bytes: by pieces first, which does nothing twice, then by stages.
 
-    A share has at most DEEPEST stages, whose codes are one word.
+    A share has at most DEEPEST stages, whose codes are one word, and at least `narrowest` channels (of each half, for keys).
     """
     slices = 1
-    while min(rows.R, DEEPEST) * rows.K * dim // slices * width > budget and slices < rows.PARTS and 32 * slices <= rows.PARTS * rows.W and not rows.SHARED:
+    while min(rows.R, DEEPEST) * rows.K * dim // slices * width > budget and slices < rows.PARTS and 2 * narrowest * slices <= rows.PARTS * rows.W and not rows.SHARED:
         slices *= 2
     held = rows.K * (rows.PIECE if rows.SHARED else dim // slices) * width
     depth = max((d for d in range(1, DEEPEST + 1) if rows.R % d == 0 and d * held <= budget), default=1)
@@ -222,12 +222,12 @@ def _values(
         tl.store(lse + place, tl.where(mass > 0, peak + tl.log(mass), float("-inf")), mask=g < GROUP)
 
 
-def _lanes(tables: int, batches: int, tokens: int) -> tuple[int, int, int, int]:
-    # (lanes, stretches of tokens per table and sequence in pairs, tokens of a stretch, programs of the grid)
+def _lanes(tables: int, batches: int, tokens: int, tile: int, twice: int) -> tuple[int, int, int, int]:
+    # (lanes, stretches of tokens per table and sequence, `twice` of them counted as one, tokens of a stretch, programs of the grid)
     units = tables * batches
-    splits = max(1, min(triton.cdiv(tokens, FEW * TWICE), MULTIPROCESSORS // units))
-    share = TILE * triton.cdiv(tokens, TILE * TWICE * splits)
-    return units * splits, splits, share, triton.cdiv(units * splits, MULTIPROCESSORS) * MULTIPROCESSORS * TWICE
+    splits = max(1, min(triton.cdiv(tokens, FEW * twice), MULTIPROCESSORS // units))
+    share = tile * triton.cdiv(tokens, tile * twice * splits)
+    return units * splits, splits, share, triton.cdiv(units * splits, MULTIPROCESSORS) * MULTIPROCESSORS * twice
 
 
 def _packed(codes: Tensor) -> bool:
@@ -248,12 +248,12 @@ def attend(
     common = {"HEADS": heads, "GROUP": group, "D": dim, "BT": TILE, "BG": max(16, triton.next_power_of_2(group)),
               "MULTIPROCESSORS": MULTIPROCESSORS, "TWICE": TWICE, "KIND": kind(query), **LIMIT}  # fmt: skip
     if inv_freq is None:
-        scores = lookup_sums_triton.scores(query, keys, tokens, scale, _packed(keys.codes))[None]
+        scores = lookup_sums_triton.scores(query, keys, tokens, scale, _packed(keys.codes), tokens, None)[None]
     else:
         piece = keys.tables.shape[3] if keys.strided else None
         query = query[..., halves(dim, piece, query.device)] if piece else query.contiguous()
         scores = torch.empty(mine.slices * mine.groups, rows, tokens, device=query.device)
-        lanes, splits, share, grid = _lanes(heads * mine.slices * mine.groups, batch, tokens)
+        lanes, splits, share, grid = _lanes(heads * mine.slices * mine.groups, batch, tokens, TILE, TWICE)
         _scores[grid,](
             query, keys.codes, keys.tables, keys.sizes, *rotation(inv_freq, piece, TILE, query.dtype == torch.float32), base, scores, tokens, share, lanes, splits, batch, scale,
             *keys.codes.stride(), *strides(keys.sizes, 3), **laid("KEY", key), SLICES=mine.slices, DEPTH=mine.depth, GROUPS=mine.groups,
@@ -261,7 +261,7 @@ def attend(
         )  # fmt: skip
     peaks = torch.full((rows,), float("-inf"), device=query.device)
     _join[rows, triton.cdiv(tokens, JOINED)](scores, first, peaks, tokens, rows, queries, PARTIAL=len(scores), RAGGED=first is not None, BT=JOINED)
-    lanes, splits, share, grid = _lanes(heads * theirs.slices * theirs.groups, batch, tokens)
+    lanes, splits, share, grid = _lanes(heads * theirs.slices * theirs.groups, batch, tokens, TILE, TWICE)
     parts = torch.empty(theirs.groups, splits * TWICE, rows, dim, device=query.device)
     sums = torch.empty(splits * TWICE, rows, device=query.device)
     _values[grid,](

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+MERGED = 32  # channels of a row that a program of `merge_shares` joins
+
 
 @triton.jit
 def seat(
@@ -77,27 +79,30 @@ def turned(low, high, turns, position, BT: tl.constexpr, f, HALF: tl.constexpr):
 
 
 @triton.jit
-def merge_shares(parts, sums, out, lse, count, rows, D: tl.constexpr, SPLITS: tl.constexpr, GROUPS: tl.constexpr):
-    """One row of `out` [rows, D]: parts [GROUPS, count, rows, D] added over groups of stages and joined over shares by log-sum-exp, sums [count, rows]."""
-    row, split, d = tl.program_id(0).to(tl.int64), tl.arange(0, SPLITS), tl.arange(0, D)
+def merge_shares(parts, sums, out, lse, count, rows, D: tl.constexpr, SPLITS: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    """WIDE channels of one row of `out` [rows, D]: parts [GROUPS, count, rows, D] added over groups of stages and joined over shares by log-sum-exp, sums [count, rows]."""
+    row, split, d = tl.program_id(0).to(tl.int64), tl.arange(0, SPLITS), tl.program_id(1) * WIDE + tl.arange(0, WIDE)
     each = tl.load(sums + split * rows + row, mask=split < count, other=float("-inf"))
     top = tl.max(each, 0)
-    weight = tl.exp(each - tl.where(top > float("-inf"), top, 0.0))
-    mass = tl.sum(weight, 0)
-    total = tl.zeros([D], tl.float32)
-    for split in range(count):
-        own = tl.exp(tl.load(sums + split * rows + row) - tl.where(top > float("-inf"), top, 0.0))
+    base = tl.where(top > float("-inf"), top, 0.0)
+    mass = tl.sum(tl.exp(each - base), 0)
+    total = tl.zeros([WIDE], tl.float32)
+    for begin in range(0, count, BLOCK):
+        some = begin + tl.arange(0, BLOCK)
+        own = tl.exp(tl.load(sums + some * rows + row, mask=some < count, other=float("-inf")) - base)
         for group in tl.static_range(GROUPS):
-            total += own * tl.load(parts + ((group * count + split) * rows + row) * D + d)
+            part = tl.load(parts + ((group * count + some[:, None]) * rows + row) * D + d[None, :], mask=some[:, None] < count, other=0.0)
+            total += tl.sum(own[:, None] * part, 0)
     tl.store(out + row * D + d, total / tl.where(mass > 0, mass, 1.0))
-    tl.store(lse + row, tl.where(mass > 0, top + tl.log(mass), float("-inf")))
+    if tl.program_id(1) == 0:
+        tl.store(lse + row, tl.where(mass > 0, top + tl.log(mass), float("-inf")))
 
 
 def merge(parts: Tensor, sums: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp of `merge_shares`; out [B, Hq, D] is written, the log-sum-exp [B, Hq] is new. All float32."""
     groups, splits, rows, dim = parts.shape
     lse = torch.empty(out.shape[:2], device=out.device)
-    merge_shares[rows,](parts, sums, out, lse, splits, rows, D=dim, SPLITS=triton.next_power_of_2(splits), GROUPS=groups, num_warps=1)
+    merge_shares[rows, dim // MERGED](parts, sums, out, lse, splits, rows, D=dim, SPLITS=triton.next_power_of_2(splits), GROUPS=groups, BLOCK=32, WIDE=MERGED, num_warps=1)
     return out, lse
 
 

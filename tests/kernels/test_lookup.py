@@ -8,9 +8,11 @@ from kernels.attention import attend as dense
 
 triton_lookup = pytest.importorskip("kernels.lookup_triton", exc_type=ModuleNotFoundError)
 from kernels import lookup_bound_triton as bound  # noqa: E402  (needs triton too)
-from kernels.lookup_rows_triton import layout  # noqa: E402
+from kernels import lookup_direct_triton as direct  # noqa: E402
+from kernels import lookup_rows_triton as rows  # noqa: E402
+from kernels.lookup_rows_triton import layout, merge  # noqa: E402
 
-KERNELS = {"tiles": triton_lookup, "bound": bound}
+KERNELS = {"tiles": triton_lookup, "bound": bound, "direct": direct}
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = {  # batch, heads, queries per head, D, tokens, key piece and stages, value piece and stages, entries, then options of `problem`
@@ -23,6 +25,9 @@ CASES = {  # batch, heads, queries per head, D, tokens, key piece and stages, va
     "one token, head and query: counts of one are constants to the compiler": (1, 1, 1, 32, 1, 16, 2, 16, 2, 16, {}),
     "a sliding window: whole tiles hidden, each row its own": (3, 1, 2, 32, 200, 16, 2, 32, 2, 16, {"hidden": 70, "apart": 60}),
     "eight bits, narrow pieces": (1, 2, 2, 64, 90, 8, 4, 8, 4, 32, {"dtype": torch.float8_e4m3fn}),
+    "eight bits, all codes of a head in four words": (1, 3, 4, 32, 150, 8, 4, 32, 4, 256, {"dtype": torch.float8_e4m3fn, "hidden": 5}),
+    "eight bits, codes astride words": (1, 2, 2, 32, 140, 8, 3, 16, 3, 256, {"dtype": torch.float8_e4m3fn}),
+    "eight queries a head, two stages": (1, 1, 12, 32, 40, 8, 2, 16, 2, 256, {}),
     "one shared table, codes by heads, sizes, strided keys": (2, 2, 2, 32, 100, 16, 2, 8, 3, 16, {"strips": True, "shared": True, "sized": True, "strided": True}),
     "a table per piece, codes by heads, strided keys over sixteen tokens": (1, 2, 1, 64, 16, 16, 1, 16, 2, 16, {"strips": True, "strided": True}),
 }
@@ -88,7 +93,17 @@ def test_definition_of_strided_pieces_and_sizes():
     torch.testing.assert_close(lookup.rebuild(lookup.Coded(codes, keys.tables.cpu(), keys.sizes.cpu(), True), 2, 20)[1, head, token, channel], value)
 
 
-@pytest.fixture(params=["tiles, short shares", "tiles, long shares", "bound, tables fit", "bound, by pieces and stages", "bound, more tables than processors"])
+@pytest.fixture(
+    params=[
+        "tiles, short shares",
+        "tiles, long shares",
+        "bound, tables fit",
+        "bound, by pieces and stages",
+        "bound, more tables than processors",
+        "direct, tables fit",
+        "direct, by pieces and stages",
+    ]
+)
 def kernel(request, monkeypatch):
     name, _, how = request.param.partition(", ")
     monkeypatch.setattr(triton_lookup, "SHARE", 64 if how == "short shares" else 512)
@@ -104,6 +119,27 @@ def test_kernels_obey_the_definition(case, kernel):
     expected = defined(query, *given)
     for a, b in zip(kernel.attend(query.half(), *given), expected, strict=True):
         assert relative(a.cpu(), b) < 2e-3
+
+
+@pytest.mark.parametrize("piece, stages, words", [(32, 4, 16), (32, 3, 16), (128, 16, 4), (128, 6, 8), (8, 1, 0)])
+def test_a_token_asks_for_its_codes_once(piece, stages, words, monkeypatch):
+    tables = torch.zeros(8 * 128 // piece, stages, 256, piece).to(torch.float8_e4m3fn)
+    keys = lookup.Coded(torch.zeros(1, 1, 300, 8 * 128 // piece * stages, dtype=torch.uint8).mT, tables)
+    found = {}
+    for name in ("_values", "_turned", "_scores", "merge_shares"):  # launches that note their options
+        launch = type("Launch", (), {"__getitem__": lambda self, grid, name=name: lambda *_, **options: found.update({name: options})})()
+        monkeypatch.setattr(direct if hasattr(direct, name) else rows, name, launch)
+    direct.attend(torch.zeros(1, 32, 128).half(), keys, keys, 300, 1.0, torch.ones(64), torch.zeros(1, dtype=torch.int32))
+    assert found["_scores"]["WORDS"] == words
+
+
+def test_shares_are_merged_by_their_mass():
+    parts, sums = torch.randn(2, 70, 6, 64), 3 * torch.randn(70, 6)
+    sums[5], sums[:, 4] = float("-inf"), float("-inf")
+    out, lse = merge(parts.to(DEVICE), sums.to(DEVICE), torch.empty(2, 3, 64, device=DEVICE))
+    weights = sums[:, :, None].softmax(0).nan_to_num()
+    torch.testing.assert_close(out.cpu().view(6, 64), (weights * parts.sum(0)).sum(0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(lse.cpu().view(6), sums.logsumexp(0))
 
 
 @pytest.mark.parametrize("name", KERNELS)
