@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from kernels import attention, lookup, lookup_bound_triton, lookup_direct_triton, lookup_triton, rvq
+from kernels import attention, lookup, lookup_bound_triton, lookup_direct_triton, rvq
 from kernels.timing import measure
 
 DEVICE = "cuda"
@@ -24,7 +24,7 @@ HIDDEN, INNER, VOCABULARY = 4096, 14336, 128256
 MEMORY = 100e9  # bytes that cache and codebooks of a whole model may fill
 TOKENS = 2000  # of the comparison with the definition
 TOLERANCE = 3e-3  # relative; float16 sums of stages give 3e-4
-KERNELS = {"tiles": lookup_triton, "bound": lookup_bound_triton, "direct": lookup_direct_triton}
+KERNELS = {"bound": lookup_bound_triton, "direct": lookup_direct_triton}
 BACKENDS = {"fp16 flash": SDPBackend.FLASH_ATTENTION, "fp16 cudnn": SDPBackend.CUDNN_ATTENTION}
 WORKERS = 12  # processes that compile
 

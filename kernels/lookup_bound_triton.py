@@ -1,52 +1,23 @@
 """Attention over residual codes by programs that stay with one share of the tables, small enough for the first-level cache.
 
-Obeys `kernels.lookup`. Both products are linear in the stages and in the channels. A program of `_scores` rebuilds keys from a few stages
-(or a few pieces) of one KV head for a long stretch of tokens and writes partial scores, `_join` adds them up, and a program of `_values`
-gathers its share of the value rows for a stretch. Shares of channels are disjoint, shares of stages are added by the merge, stretches of
-tokens are joined by log-sum-exp. Partial scores are float32: 4 bytes per key share, token and query head. Keys after RoPE need no rows
-(`kernels.lookup_sums_triton`).
-Two programs fit a multiprocessor; programs MULTIPROCESSORS apart use the same rows, so that whichever two meet share a cache.
+Obeys `kernels.lookup`, divides the work as `kernels.lookup_shares_triton` says, and serves what `kernels.lookup_direct_triton` does not take. A
+program of `_scores` rebuilds its share of the keys of one KV head for a stretch of tokens and writes partial scores, `_join` adds them up, and a
+program of `_values` gathers its share of the value rows for a stretch. Shares of channels are disjoint, shares of stages are added by the merge,
+stretches of tokens are joined by log-sum-exp. Partial scores are float32: 4 bytes per key share, token and query head. Keys after RoPE need no
+rows (`kernels.lookup_sums_triton`).
 """
-
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import lookup_sums_triton
-from kernels.lookup_rows_triton import Layout, halves, kind, laid, layout, merge, rotation, seat, strides, turn
+from kernels import lookup_shares_triton, lookup_sums_triton
+from kernels.lookup_rows_triton import halves, kind, laid, layout, merge, packed, rotation, seat, strides, turn
+from kernels.lookup_shares_triton import LIMIT, TWICE, divide, spread, task
 
 TILE = 64  # tokens rebuilt at once
-FEW = 128  # fewest tokens worth a program of their own
-CACHE = 128 * 1024  # bytes of rows a program keeps returning to; a multiprocessor has 256 KB for them, codes and shared memory
-MULTIPROCESSORS = 132
-TWICE = 2  # programs of a multiprocessor that use the same rows
-LIMIT = {"num_warps": 8, "maxnreg": 128}  # two programs to a multiprocessor
-DEEPEST = 4  # stages of a share: a word of codes has four bytes
 JOINED = 1024  # tokens that a program of `_join` adds up
-
-
-class Share(NamedTuple):
-    """How the rows of one head are divided among programs: pieces into `slices`, stages into groups of `depth`."""
-
-    slices: int
-    depth: int
-    groups: int
-
-
-def divide(rows: Layout, dim: int, width: int, budget: int, narrowest: int = 16) -> Share:
-    """The fewest shares whose rows take at most `budget` bytes, entries being `width` bytes: by pieces first, which does nothing twice, then by stages.
-
-    A share has at most DEEPEST stages, whose codes are one word, and at least `narrowest` channels (of each half, for keys).
-    """
-    slices = 1
-    while min(rows.R, DEEPEST) * rows.K * dim // slices * width > budget and slices < rows.PARTS and 2 * narrowest * slices <= rows.PARTS * rows.W and not rows.SHARED:
-        slices *= 2
-    held = rows.K * (rows.PIECE if rows.SHARED else dim // slices) * width
-    depth = max((d for d in range(1, DEEPEST + 1) if rows.R % d == 0 and d * held <= budget), default=1)
-    return Share(slices, depth, rows.R // depth)
 
 
 @triton.jit
@@ -73,27 +44,18 @@ def _rebuild(
     word, tables, channel: tl.constexpr, PARTS: tl.constexpr, W: tl.constexpr, STEP: tl.constexpr,
     PIECE: tl.constexpr, R: tl.constexpr, DEPTH: tl.constexpr, K: tl.constexpr, SHARED: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    # As `kernels.lookup_rows_triton.rebuild`, from words
+    # [tokens, PARTS, W] of KIND: W channels from `channel` + part * STEP of a head on, the sum of one row for each stage. A loop that stays
+    # a loop keeps the layout of the loads; unrolled whole, every row would pass through shared memory on its way to the product's layout.
     part, i = tl.arange(0, PARTS), tl.arange(0, W)
     begin = channel + part * STEP
     row, column = (0 if SHARED else begin // PIECE * R) + part * 0, begin % PIECE
     inside = tables + (row * (K * PIECE) + column)[None, :, None] + i[None, None, :]
-    SPARED: tl.constexpr = 1 if DEPTH > 2 else 0  # one addition less, where what is left stays a loop (see there)
+    SPARED: tl.constexpr = 1 if DEPTH > 2 else 0  # one addition less, where what is left stays a loop
     total = tl.load(inside + ((word & 255) * PIECE)[:, :, None]).to(KIND) if SPARED else tl.zeros([word.shape[0], PARTS, W], KIND)
     for stage in tl.range(SPARED, DEPTH, num_stages=1):
         code = (word >> (8 * stage)) & 255
         total += tl.load(inside + ((stage * K + code) * PIECE)[:, :, None]).to(total.dtype)
     return total
-
-
-@triton.jit
-def _task(lanes, splits, units, MULTIPROCESSORS: tl.constexpr, TWICE: tl.constexpr):
-    # (table, unit, stretch of tokens) of a program; tables slowest, so that a multiprocessor changes its rows rarely
-    program = tl.program_id(0)
-    wave, within = program // (MULTIPROCESSORS * TWICE), program % (MULTIPROCESSORS * TWICE)
-    lane = wave * MULTIPROCESSORS + within % MULTIPROCESSORS
-    stretch = lane % splits * TWICE + within // MULTIPROCESSORS
-    return lane < lanes, lane // splits // units, lane // splits % units, stretch
 
 
 @triton.jit
@@ -106,7 +68,7 @@ def _scores(
     SLICES: tl.constexpr, DEPTH: tl.constexpr, GROUPS: tl.constexpr,
     PACKED: tl.constexpr, BT: tl.constexpr, BG: tl.constexpr, MULTIPROCESSORS: tl.constexpr, TWICE: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    work, table, batch, stretch = _task(lanes, splits, batches, MULTIPROCESSORS, TWICE)
+    work, table, batch, stretch = task(lanes, splits, batches, MULTIPROCESSORS, TWICE)
     if not work:
         return
     head, part, group = table // (SLICES * GROUPS), table // GROUPS % SLICES, table % GROUPS
@@ -179,7 +141,7 @@ def _values(
     SLICES: tl.constexpr, DEPTH: tl.constexpr, GROUPS: tl.constexpr,
     PACKED: tl.constexpr, BT: tl.constexpr, BG: tl.constexpr, MULTIPROCESSORS: tl.constexpr, TWICE: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    work, table, batch, stretch = _task(lanes, splits, batches, MULTIPROCESSORS, TWICE)
+    work, table, batch, stretch = task(lanes, splits, batches, MULTIPROCESSORS, TWICE)
     if not work:
         return
     head, part, group = table // (SLICES * GROUPS), table // GROUPS % SLICES, table % GROUPS
@@ -222,19 +184,6 @@ def _values(
         tl.store(lse + place, tl.where(mass > 0, peak + tl.log(mass), float("-inf")), mask=g < GROUP)
 
 
-def _lanes(tables: int, batches: int, tokens: int, tile: int, twice: int) -> tuple[int, int, int, int]:
-    # (lanes, stretches of tokens per table and sequence, `twice` of them counted as one, tokens of a stretch, programs of the grid)
-    units = tables * batches
-    splits = max(1, min(triton.cdiv(tokens, FEW * twice), MULTIPROCESSORS // units))
-    share = tile * triton.cdiv(tokens, tile * twice * splits)
-    return units * splits, splits, share, triton.cdiv(units * splits, MULTIPROCESSORS) * MULTIPROCESSORS * twice
-
-
-def _packed(codes: Tensor) -> bool:
-    # Whether the codes of a token lie side by side, so that those of a share of stages can be read as one word
-    return codes.stride(2) == 1 and codes.data_ptr() % 4 == 0
-
-
 def attend(
     query: Tensor, keys, values, tokens: int, scale: float, inv_freq: Tensor | None = None, base: Tensor | None = None, first: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -244,29 +193,29 @@ def attend(
     group = queries // heads
     rows = batch * queries
     key, value = layout(keys, dim, True), layout(values, dim, False)
-    mine, theirs = divide(key, dim, keys.tables.element_size(), CACHE), divide(value, dim, values.tables.element_size(), CACHE)
+    mine, theirs = divide(key, dim, keys.tables.element_size()), divide(value, dim, values.tables.element_size())
     common = {"HEADS": heads, "GROUP": group, "D": dim, "BT": TILE, "BG": max(16, triton.next_power_of_2(group)),
-              "MULTIPROCESSORS": MULTIPROCESSORS, "TWICE": TWICE, "KIND": kind(query), **LIMIT}  # fmt: skip
+              "MULTIPROCESSORS": lookup_shares_triton.MULTIPROCESSORS, "TWICE": TWICE, "KIND": kind(query), **LIMIT}  # fmt: skip
     if inv_freq is None:
-        scores = lookup_sums_triton.scores(query, keys, tokens, scale, _packed(keys.codes), tokens, None)[None]
+        scores = lookup_sums_triton.scores(query, keys, tokens, scale, tokens, None)[None]
     else:
         piece = keys.tables.shape[3] if keys.strided else None
         query = query[..., halves(dim, piece, query.device)] if piece else query.contiguous()
         scores = torch.empty(mine.slices * mine.groups, rows, tokens, device=query.device)
-        lanes, splits, share, grid = _lanes(heads * mine.slices * mine.groups, batch, tokens, TILE, TWICE)
+        lanes, splits, share, grid = spread(heads * mine.slices * mine.groups, batch, tokens, TILE)
         _scores[grid,](
             query, keys.codes, keys.tables, keys.sizes, *rotation(inv_freq, piece, TILE, query.dtype == torch.float32), base, scores, tokens, share, lanes, splits, batch, scale,
             *keys.codes.stride(), *strides(keys.sizes, 3), **laid("KEY", key), SLICES=mine.slices, DEPTH=mine.depth, GROUPS=mine.groups,
-            PACKED=_packed(keys.codes), **common,
+            PACKED=packed(keys.codes), **common,
         )  # fmt: skip
     peaks = torch.full((rows,), float("-inf"), device=query.device)
     _join[rows, triton.cdiv(tokens, JOINED)](scores, first, peaks, tokens, rows, queries, PARTIAL=len(scores), RAGGED=first is not None, BT=JOINED)
-    lanes, splits, share, grid = _lanes(heads * theirs.slices * theirs.groups, batch, tokens, TILE, TWICE)
+    lanes, splits, share, grid = spread(heads * theirs.slices * theirs.groups, batch, tokens, TILE)
     parts = torch.empty(theirs.groups, splits * TWICE, rows, dim, device=query.device)
     sums = torch.empty(splits * TWICE, rows, device=query.device)
     _values[grid,](
         scores, peaks, values.codes, values.tables, values.sizes, parts, sums, tokens, share, lanes, splits, batch,
         *values.codes.stride(), *strides(values.sizes, 3), **laid("VALUE", value), SLICES=theirs.slices,
-        DEPTH=theirs.depth, GROUPS=theirs.groups, PACKED=_packed(values.codes), **common,
+        DEPTH=theirs.depth, GROUPS=theirs.groups, PACKED=packed(values.codes), **common,
     )  # fmt: skip
     return merge(parts, sums, torch.empty(batch, queries, dim, device=query.device))

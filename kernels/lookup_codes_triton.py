@@ -12,7 +12,7 @@ def _joined(low, high, offset):
 
 
 @triton.jit
-def words(codes, offset, token, stride_code, stride_token, DEPTH: tl.constexpr, WORDS: tl.constexpr, PASS: tl.constexpr):
+def words(codes, offset, token, stride_code, stride_token, DEPTH: tl.constexpr, WORDS: tl.constexpr):
     """Codes of DEPTH stages from byte `offset` of a token on, in the bytes of an int32 of the shape of offset + token.
 
     WORDS: 0 reads codes one by one; rows of codes being aligned, 4 reads one word, which must hold them all, 8 reads two, 16 reads a word of the
@@ -20,10 +20,10 @@ def words(codes, offset, token, stride_code, stride_token, DEPTH: tl.constexpr, 
     """
     if WORDS > 0:
         place = codes + token * stride_token
-        low = tl.load((place + (offset & -4)).to(tl.pointer_type(tl.int32), bitcast=True), eviction_policy=PASS)
+        low = tl.load((place + (offset & -4)).to(tl.pointer_type(tl.int32), bitcast=True))
         if WORDS == 4 or WORDS == 16:
             return low
-        high = tl.load((place + (offset + (DEPTH - 1) & -4)).to(tl.pointer_type(tl.int32), bitcast=True), eviction_policy=PASS)
+        high = tl.load((place + (offset + (DEPTH - 1) & -4)).to(tl.pointer_type(tl.int32), bitcast=True))
         return _joined(low, high, offset)
     place = codes + offset * stride_code + token * stride_token
     word = tl.load(place).to(tl.int32)
@@ -42,17 +42,14 @@ def picked(own, offset, DEPTH: tl.constexpr):
 
 
 @triton.jit
-def gathered(word, inside, V: tl.constexpr, DEPTH: tl.constexpr, K: tl.constexpr, PIECE: tl.constexpr, KEEP: tl.constexpr, KIND: tl.constexpr):
+def gathered(word, inside, V: tl.constexpr, DEPTH: tl.constexpr, K: tl.constexpr, PIECE: tl.constexpr, KIND: tl.constexpr):
     """[..., V] of KIND: the sum of one row's chunk for each stage, `inside` [..., V] pointing into the first row of the first.
 
-    A loop that stays a loop is summed before it is put into the product's order.
+    word [4, 8, n, m], four stages at most. A loop that stays a loop is summed before it is put into the product's order.
     """
     SPARED: tl.constexpr = 1 if DEPTH > 2 else 0
-    if SPARED:
-        total = tl.load(inside + ((word & 255) * PIECE)[:, :, :, :, None], eviction_policy=KEEP).to(KIND)
-    else:
-        total = tl.zeros([word.shape[0], word.shape[1], word.shape[2], word.shape[3], V], KIND)
+    total = tl.load(inside + ((word & 255) * PIECE)[:, :, :, :, None]).to(KIND) if SPARED else tl.zeros([word.shape[0], word.shape[1], word.shape[2], word.shape[3], V], KIND)
     for stage in tl.range(SPARED, DEPTH, num_stages=1):
         code = (word >> (8 * stage)) & 255
-        total += tl.load(inside + ((stage * K + code) * PIECE)[:, :, :, :, None], eviction_policy=KEEP).to(KIND)
+        total += tl.load(inside + ((stage * K + code) * PIECE)[:, :, :, :, None]).to(KIND)
     return total

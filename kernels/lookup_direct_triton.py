@@ -1,11 +1,13 @@
 """Attention over residual codes whose rows go from the first-level cache straight into the operands of the products, past shared memory.
 
-Obeys `kernels.lookup`, divides the work as `kernels.lookup_bound_triton` does, and differs in what a lane holds. The first-level cache serves one
-line per clock whether it answers a gather or shared memory, and the way of a rebuilt tile through shared memory took as many clocks as its rows
-(profiled: 113 K clocks of gathers and 91 K of shared memory of 209 K busy ones). Here a lane gathers the entries that the tensor core expects of it:
+Obeys `kernels.lookup`, divides the work as `kernels.lookup_shares_triton` says, and differs from `kernels.lookup_bound_triton` in what a lane holds.
+The first-level cache serves one line per clock whether it answers a gather or shared memory, and there the way of a rebuilt tile through shared
+memory took nearly as many clocks as its rows (profiled: NOTES.md). Here a lane gathers the entries that the tensor core expects of it:
 in an operand of m16n8k16 four lanes share a row and eight share a column, so four lanes hold one token's chunks of channels for the scores and four
 tokens' same chunk for the values. Sums over channels and tokens do not mind their order, so a chunk stays contiguous and one load fetches it. A warp
-has 16 tokens of its own in every tile (a batch of products, one per warp) and never waits for another.
+has 16 tokens of its own in every tile (a batch of products, one per warp) and never waits for another. A program of `_scores` goes through the
+shares of the tables itself, adding to the scores that it wrote, so there is one [queries, tokens] of them; a program of `_values` takes the maximum
+of its stretch from them first, so that its loop over rows has no running maximum.
 """
 
 import torch
@@ -13,23 +15,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import lookup_bound_triton as bound
-from kernels import lookup_sums_triton
-from kernels.lookup_bound_triton import _lanes, _packed, _task, divide
+from kernels import lookup_bound_triton, lookup_shares_triton, lookup_sums_triton
 from kernels.lookup_codes_triton import gathered, picked, words
-from kernels.lookup_rows_triton import halves, kind, layout, merge, rotation, seat, strides, turn
+from kernels.lookup_rows_triton import halves, kind, layout, merge, packed, rotation, seat, strides, turn
+from kernels.lookup_shares_triton import LIMIT, TWICE, divide, spread, task
 
-WARPS = 8  # of a program, each with 16 tokens of a tile
-TWICE = 2  # programs of a multiprocessor that use the same rows
-REGISTERS = 128
-PICK = True  # whether lanes that share a token ask for its codes once and exchange them
-KEEP, PASS = "", ""  # how the first-level cache is asked to treat rows of tables, and codes
+WARPS = LIMIT["num_warps"]  # each with 16 tokens of a tile
+FEWEST = 4  # fewest channels in a row that a lane gathers: `_values` stores by fours
 TURNED = 8  # tiles whose queries a program of `_turned` turns
 
 
 @triton.jit
 def _turned(query, turns, base, out, tiles, scale, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BT: tl.constexpr, BG: tl.constexpr, COUNT: tl.constexpr):
-    # out [B * H, tiles, GROUP, D]: queries turned back to the first position of each tile of BT tokens
+    # out [B * H, tiles, GROUP, D] float16: queries turned back to the first position of each tile of BT tokens, times `scale`
     unit, tile = tl.program_id(0), tl.program_id(1) * COUNT + tl.arange(0, COUNT)
     HALF: tl.constexpr = D // 2
     g, f = tl.arange(0, BG), tl.arange(0, HALF)
@@ -49,7 +47,8 @@ def _turned(query, turns, base, out, tiles, scale, HEADS: tl.constexpr, GROUP: t
 
 @triton.jit
 def _query(turned, V: tl.constexpr, EIGHT: tl.constexpr, REP: tl.constexpr, WARPS: tl.constexpr, BG: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr):
-    # Half of the channels of a tile's queries as an operand [warps, channels, queries], every warp its own copy
+    # Half of the channels of a tile's queries as an operand [warps, channels, queries], channels in the order in which `_scores` gathers them.
+    # Every warp loads its own copy (a mask over the warps makes Triton do so): one copy for all would go through shared memory.
     g = tl.arange(0, 8)[None, :, None, None, None, None, None] + tl.arange(0, BG // 8)[None, None, None, :, None, None, None] * 8
     chunk = tl.arange(0, 4)[:, None, None, None, None, None, None] + tl.arange(0, REP)[None, None, None, None, :, None, None] * 4
     within = tl.arange(0, V // EIGHT)[None, None, None, None, None, :, None] * EIGHT + tl.arange(0, EIGHT)[None, None, None, None, None, None, :]
@@ -66,9 +65,8 @@ def _scores(
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, PIECE: tl.constexpr, R: tl.constexpr, K: tl.constexpr, STRIPS: tl.constexpr, SHARED: tl.constexpr,
     PARTS: tl.constexpr, W: tl.constexpr, STEP: tl.constexpr, HIGH: tl.constexpr, SLICES: tl.constexpr, DEPTH: tl.constexpr, GROUPS: tl.constexpr,
     V: tl.constexpr, WORDS: tl.constexpr, WARPS: tl.constexpr, BG: tl.constexpr, MULTIPROCESSORS: tl.constexpr, TWICE: tl.constexpr, KIND: tl.constexpr,
-    KEEP: tl.constexpr, PASS: tl.constexpr,
 ):  # fmt: skip
-    work, head, batch, stretch = _task(lanes, splits, batches, MULTIPROCESSORS, TWICE)
+    work, head, batch, stretch = task(lanes, splits, batches, MULTIPROCESSORS, TWICE)
     if not work:
         return
     HALF: tl.constexpr = D // 2
@@ -80,7 +78,7 @@ def _scores(
     ONE: tl.constexpr = WORDS == 16 or HIGH < PIECE  # whether what is read for the lower half holds the upper half's codes
     above: tl.constexpr = (0 if SHARED else HIGH // PIECE * (R * K * PIECE)) + HIGH % PIECE  # from a row to the row of the other half
     codes, tables = seat(codes, tables, batch, head, stride_batch, stride_strip, stride_code, D, PIECE, R, K, STRIPS, SHARED)
-    # [4 lanes: chunks, 8 lanes: tokens, 2 tokens x warps, chunks, V]
+    # Axes [4 lanes: chunks, 8 lanes: tokens, 2 tokens x warps, REP chunks, V channels]: the first operand of m16n8k16
     sw = tl.arange(0, 2 * WARPS)
     inner = tl.arange(0, 8)[None, :, None, None] + (sw % WARPS * 16 + sw // WARPS * 8)[None, None, :, None]
     chunk = tl.arange(0, 4)[:, None, None, None] + tl.arange(0, REP)[None, None, None, :] * 4
@@ -108,18 +106,18 @@ def _scores(
         token = tl.minimum(begin + inner, tokens - 1)
         upper = offset + HIGH // PIECE * R
         mine = lane * 4 if WORDS == 16 else offset
-        low = words(codes, mine, token, stride_code, stride_token, DEPTH, WORDS, PASS)
-        high = low if ONE else words(codes, upper, token, stride_code, stride_token, DEPTH, WORDS, PASS)
+        low = words(codes, mine, token, stride_code, stride_token, DEPTH, WORDS)
+        high = low if ONE else words(codes, upper, token, stride_code, stride_token, DEPTH, WORDS)
         tl.debug_barrier()
         for at in tl.range(begin, end, BT, num_stages=1):
             token = tl.minimum(at + BT + inner, tokens - 1)
-            next_low = words(codes, mine, token, stride_code, stride_token, DEPTH, WORDS, PASS)
-            next_high = next_low if ONE else words(codes, upper, token, stride_code, stride_token, DEPTH, WORDS, PASS)
+            next_low = words(codes, mine, token, stride_code, stride_token, DEPTH, WORDS)
+            next_high = next_low if ONE else words(codes, upper, token, stride_code, stride_token, DEPTH, WORDS)
             if WORDS == 16:
                 high, low = picked(low, upper, DEPTH), picked(low, offset, DEPTH)
             tile = turned + at // BT * (GROUP * D) + part * WIDE
             q_low, q_high = _query(tile, V, EIGHT, REP, WARPS, BG, GROUP, D), _query(tile + HALF, V, EIGHT, REP, WARPS, BG, GROUP, D)
-            k_low, k_high = gathered(low, rows, V, DEPTH, K, PIECE, KEEP, KIND), gathered(high, rows + above, V, DEPTH, K, PIECE, KEEP, KIND)
+            k_low, k_high = gathered(low, rows, V, DEPTH, K, PIECE, KIND), gathered(high, rows + above, V, DEPTH, K, PIECE, KIND)
             low, high = next_low, next_high
             k_low, k_high = k_low * cos - k_high * sin, k_high * cos + k_low * sin
             k_low = tl.permute(tl.reshape(k_low, [4, 8, 2, WARPS, REP, V // 2, 2]), [3, 2, 1, 4, 5, 0, 6])
@@ -144,9 +142,8 @@ def _values(
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, PIECE: tl.constexpr, R: tl.constexpr, K: tl.constexpr, STRIPS: tl.constexpr, SHARED: tl.constexpr,
     PARTS: tl.constexpr, W: tl.constexpr, STEP: tl.constexpr, HIGH: tl.constexpr, SLICES: tl.constexpr, DEPTH: tl.constexpr, GROUPS: tl.constexpr,
     V: tl.constexpr, WORDS: tl.constexpr, WARPS: tl.constexpr, BG: tl.constexpr, MULTIPROCESSORS: tl.constexpr, TWICE: tl.constexpr, KIND: tl.constexpr,
-    KEEP: tl.constexpr, PASS: tl.constexpr,
 ):  # fmt: skip
-    work, table, batch, stretch = _task(lanes, splits, batches, MULTIPROCESSORS, TWICE)
+    work, table, batch, stretch = task(lanes, splits, batches, MULTIPROCESSORS, TWICE)
     if not work:
         return
     head, part, group = table // (SLICES * GROUPS), table // GROUPS % SLICES, table % GROUPS
@@ -158,7 +155,7 @@ def _values(
     codes, tables = seat(codes, tables, batch, head, stride_batch, stride_strip, stride_code, D, PIECE, R, K, STRIPS, SHARED)
     earlier = part * (OWN * STEP // PIECE)
     tables += ((0 if SHARED else earlier * R) + group * DEPTH) * (K * PIECE)
-    # [4 lanes: tokens, 8 lanes: chunks, 4 tokens x warps, chunks, V]
+    # Axes [4 lanes: tokens, 8 lanes: chunks, 4 tokens x warps, REP chunks, V channels]: the first operand of the product transposed, channels x tokens
     sw = tl.arange(0, 4 * WARPS)
     inner = (tl.arange(0, 4) * 4)[:, None, None, None] + (sw % WARPS * 16 + sw // WARPS)[None, None, :, None]
     chunk = tl.arange(0, 8)[None, :, None, None] + tl.arange(0, REP)[None, None, None, :] * 8
@@ -170,7 +167,7 @@ def _values(
     g = tl.arange(0, 8)[:, None, None, None] + tl.arange(0, MORE)[None, None, :, None] * 8
     t = tl.arange(0, WARPS)[None, :, None, None] * 16 + tl.arange(0, 16)[None, None, None, :]
     own = scores + (row + g).to(tl.int64) * room + t
-    real = (g < GROUP) & (t >= 0)
+    real = (g < GROUP) & (t >= 0)  # over tokens, too: scores are loaded in this shape
     begin = stretch * share
     end = tl.minimum(room, begin + share)
     peak = tl.full([8, WARPS, MORE, 16], float("-inf"), tl.float32)
@@ -180,11 +177,11 @@ def _values(
     peak = tl.where(peak > float("-inf"), peak, 0.0)
     heavy = tl.zeros([8, WARPS, MORE, 16], tl.float32)
     total = tl.zeros([WARPS, WIDE, BG], tl.float32)
-    word = words(codes, offset, tl.minimum(begin + inner, tokens - 1), stride_code, stride_token, DEPTH, WORDS, PASS)
+    word = words(codes, offset, tl.minimum(begin + inner, tokens - 1), stride_code, stride_token, DEPTH, WORDS)
     for at in tl.range(begin, end, BT, num_stages=1):
-        next_word = words(codes, offset, tl.minimum(at + BT + inner, tokens - 1), stride_code, stride_token, DEPTH, WORDS, PASS)
+        next_word = words(codes, offset, tl.minimum(at + BT + inner, tokens - 1), stride_code, stride_token, DEPTH, WORDS)
         score = tl.load(own + at, mask=real, other=float("-inf"))
-        value = gathered(word, inside, V, DEPTH, K, PIECE, KEEP, KIND)
+        value = gathered(word, inside, V, DEPTH, K, PIECE, KIND)
         weight = tl.exp2((score - peak[:, None, :, None]) * 1.4426950408889634)
         heavy += weight
         if sizes is not None:
@@ -215,23 +212,23 @@ def _values(
     tl.store(place + 3, tl.sum(d, 0) / mass, mask=g < GROUP)
 
 
-def _chunk(rows, dim: int, lanes: int, bytes_: int) -> int:
-    # Channels that a lane loads at once: 16 bytes, unless there are too few channels for all `lanes` or pieces are narrower
-    return min(16 // bytes_, dim // lanes, rows.W)
+def _chunk(rows, dim: int, lanes: int, width: int) -> int:
+    # Channels that a lane loads at once, entries being `width` bytes: 16 bytes, unless `dim` are too few for all `lanes` or pieces are narrower
+    return min(16 // width, dim // lanes, rows.W)
 
 
 def _words(coded, depth: int) -> int:
     # As `words` takes them; 0 where codes of a token do not lie side by side in aligned rows
     codes = coded.codes
-    if codes.stride(2) != 1 or codes.data_ptr() % 4 or any(codes.stride(i) % 4 for i in (0, 1, 3)) or depth == 1:
+    if not packed(codes) or any(codes.stride(i) % 4 for i in (0, 1, 3)) or depth == 1:
         return 0
     return 4 if depth == 4 else 8
 
 
-def _picks(rows, share, dim: int, wide: int) -> bool:
-    # Whether the four lanes of a token hold all its codes, one word each, and nothing else
+def _picks(rows, share, dim: int, chunk: int) -> bool:
+    # Whether the four lanes of a token need all its codes, no more words than lanes: then each asks for one word and they exchange them
     codes = dim // rows.PIECE * rows.R
-    return PICK and share.slices * share.groups == 1 and dim == 8 * wide and 4 < codes <= 16 and codes % 4 == 0
+    return share.slices * share.groups == 1 and dim == 8 * chunk and 4 < codes <= 16 and codes % 4 == 0
 
 
 def attend(
@@ -239,21 +236,21 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """As :func:`kernels.lookup.attend`; D a power of two from 32 on, pieces that divide D/2 or are multiples of it, values not strided.
 
-    Queries in float32 and pieces of fewer than four channels are left to :mod:`kernels.lookup_bound_triton`.
+    Queries in float32, whose digits float16 operands lose, and pieces of fewer than four channels (strided: eight), less than what a lane stores
+    at once, are left to :mod:`kernels.lookup_bound_triton`.
     """
     key, value = layout(keys, query.shape[2], True), layout(values, query.shape[2], False)
-    if query.dtype == torch.float32 or min(key.W, value.W) < 4:
-        return bound.attend(query, keys, values, tokens, scale, inv_freq, base, first)
+    if query.dtype == torch.float32 or min(key.W, value.W) < FEWEST:
+        return lookup_bound_triton.attend(query, keys, values, tokens, scale, inv_freq, base, first)
     batch, queries, dim = query.shape
     heads = keys.tables.shape[0] * keys.tables.shape[3] // dim
     group, rows, tile = queries // heads, batch * queries, 16 * WARPS
     room = tile * triton.cdiv(tokens, tile)
-    mine, theirs = divide(key, dim, keys.tables.element_size(), bound.CACHE), divide(value, dim, values.tables.element_size(), bound.CACHE, 32)
+    mine, theirs = divide(key, dim, keys.tables.element_size()), divide(value, dim, values.tables.element_size(), 32)
     common = {"HEADS": heads, "GROUP": group, "D": dim, "WARPS": WARPS, "BG": max(8, triton.next_power_of_2(group)),
-              "MULTIPROCESSORS": bound.MULTIPROCESSORS, "TWICE": TWICE, "KIND": kind(query),
-              "KEEP": KEEP, "PASS": PASS, "num_warps": WARPS, "maxnreg": REGISTERS}  # fmt: skip
+              "MULTIPROCESSORS": lookup_shares_triton.MULTIPROCESSORS, "TWICE": TWICE, "KIND": kind(query), **LIMIT}  # fmt: skip
     if inv_freq is None:
-        scores = lookup_sums_triton.scores(query, keys, tokens, scale, _packed(keys.codes), room, first)
+        scores = lookup_sums_triton.scores(query, keys, tokens, scale, room, first)
     else:
         piece = keys.tables.shape[3] if keys.strided else None
         query = query[..., halves(dim, piece, query.device)] if piece else query.contiguous()
@@ -264,14 +261,14 @@ def attend(
             query, turns, base, turned, tiles, scale, HEADS=heads, GROUP=group, D=dim, BT=tile, BG=triton.next_power_of_2(group), COUNT=TURNED
         )
         scores = torch.empty(rows, room, device=query.device)
-        lanes, splits, share, grid = _lanes(heads, batch, tokens, tile, TWICE)
-        wide, words_ = _chunk(key, dim // 2 // mine.slices, 4, keys.tables.element_size()), _words(keys, mine.depth)
+        lanes, splits, share, grid = spread(heads, batch, tokens, tile)
+        chunk, read = _chunk(key, dim // 2 // mine.slices, 4, keys.tables.element_size()), _words(keys, mine.depth)
         _scores[grid,](
             turned, keys.codes, keys.tables, keys.sizes, offsets, first, scores, tokens, room, tiles, share, lanes, splits, batch,
             *keys.codes.stride(), *strides(keys.sizes, 3), **key._asdict(), SLICES=mine.slices, DEPTH=mine.depth, GROUPS=mine.groups,
-            V=wide, WORDS=16 if words_ and _picks(key, mine, dim, wide) else words_, **common,
+            V=chunk, WORDS=16 if read and _picks(key, mine, dim, chunk) else read, **common,
         )  # fmt: skip
-    lanes, splits, share, grid = _lanes(heads * theirs.slices * theirs.groups, batch, tokens, tile, TWICE)
+    lanes, splits, share, grid = spread(heads * theirs.slices * theirs.groups, batch, tokens, tile)
     parts = torch.empty(theirs.groups, splits * TWICE, rows, dim, device=query.device)
     sums = torch.empty(splits * TWICE, rows, device=query.device)
     _values[grid,](

@@ -1,7 +1,7 @@
-"""What both decode kernels over residual codes share: rebuilding a tile from table rows, turning angles, merging shares of the tokens.
+"""What both decode kernels over residual codes share: where a head's codes and rows lie, turning angles, merging shares of the tokens.
 
 Table rows are read from global memory with plain 16-byte loads, so they live in the first-level cache: no staging through shared
-memory, which `cp.async` would do past that cache. A tile's sum is float16, as the product that follows wants it; for float32 queries sums and
+memory, which `cp.async` would do past that cache. A sum of rows is float16, as the product that follows wants it; for float32 queries sums and
 products are float32 (:func:`kind`), because a model in float32 asks for its digits and not for speed.
 """
 
@@ -37,25 +37,6 @@ def seat(
 
 
 @triton.jit
-def rebuild(
-    codes, tables, token, seen, stride_code, stride_token, channel: tl.constexpr, PARTS: tl.constexpr, W: tl.constexpr, STEP: tl.constexpr,
-    PIECE: tl.constexpr, R: tl.constexpr, K: tl.constexpr, SHARED: tl.constexpr, KIND: tl.constexpr,
-):  # fmt: skip
-    """[tokens, PARTS, W] of KIND: W channels from `channel` + part * STEP of a head on, the sum of one row for each of R stages."""
-    part, i = tl.arange(0, PARTS), tl.arange(0, W)
-    begin = channel + part * STEP
-    piece, column = begin // PIECE, begin % PIECE
-    # A loop that stays a loop keeps the layout of the loads; unrolled whole, every row would pass through shared memory on its way to
-    # the product's layout.
-    total = tl.zeros([token.shape[0], PARTS, W], KIND)
-    for stage in tl.range(0, R, loop_unroll_factor=4 if R >= 8 else 2, num_stages=1):
-        code = tl.load(codes + (piece * R + stage)[None, :] * stride_code + token[:, None] * stride_token, mask=seen[:, None], other=0).to(tl.int32)
-        row = (stage * K + code) * PIECE if SHARED else ((piece * R + stage)[None, :] * K + code) * PIECE
-        total += tl.load(tables + row[:, :, None] + column[None, :, None] + i[None, None, :]).to(total.dtype)
-    return total
-
-
-@triton.jit
 def turn(turns):
     """Cosine and sine of an angle in turns; Taylor series on a quarter turn, errors below 1e-6."""
     turns -= tl.floor(turns + 0.5)
@@ -68,14 +49,6 @@ def turn(turns):
     cos, sin = tl.where(odd, -s * quarter, c), tl.where(odd, c * quarter, s)
     flip = tl.abs(quarter) == 2
     return tl.where(flip, -cos, cos), tl.where(flip, -sin, sin)
-
-
-@triton.jit
-def turned(low, high, turns, position, BT: tl.constexpr, f, HALF: tl.constexpr):
-    """Query halves [queries, channels f] turned back to the first position of a tile of BT tokens; `turns` per token, then per tile."""
-    once, leap = tl.load(turns + f), tl.load(turns + HALF + f)
-    c, s = turn((position // BT).to(tl.float32) * leap + (position % BT).to(tl.float32) * once)
-    return low * c[None, :] + high * s[None, :], high * c[None, :] - low * s[None, :]
 
 
 @triton.jit
@@ -113,6 +86,11 @@ def halves(dim: int, piece: int, device: torch.device) -> Tensor:
     return order.transpose(1, 2).flatten()
 
 
+def packed(codes: Tensor) -> bool:
+    """Whether the codes [B, S, n, T] of a token lie side by side from an aligned address on, so that several can be read as one word."""
+    return codes.stride(2) == 1 and codes.data_ptr() % 4 == 0
+
+
 def kind(query: Tensor) -> tl.dtype:
     """The type in which tiles are summed and multiplied."""
     return tl.float32 if query.dtype == torch.float32 else tl.float16
@@ -132,16 +110,16 @@ def rotation(inv_freq: Tensor, piece: int | None, tile: int, exact: bool) -> tup
 
 
 class Layout(NamedTuple):
-    """Compile-time numbers of one tensor's pieces, as `seat` and `rebuild` take them."""
+    """Compile-time numbers of one tensor's pieces, as `seat` and the kernels take them."""
 
     PIECE: int
     R: int
     K: int
     STRIPS: bool
     SHARED: bool
-    PARTS: int  # of half a head for keys, of a head for values
-    W: int
-    STEP: int
+    PARTS: int  # pieces, or parts of one, of half a head for keys, of a head for values
+    W: int  # channels of a part
+    STEP: int  # channels from one part to the next: W, or a piece where keys are strided
     HIGH: int  # channel where the second half begins; unused for values
 
 
@@ -162,4 +140,5 @@ def laid(prefix: str, layout: Layout) -> dict[str, int]:
 
 
 def strides(x: Tensor | None, count: int) -> tuple[int, ...]:
+    """Strides of x, or `count` zeros for what is not given."""
     return (0,) * count if x is None else x.stride()

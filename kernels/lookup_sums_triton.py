@@ -9,11 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.lookup_rows_triton import kind
+from kernels.lookup_rows_triton import kind, packed, strides
 
 ROWS = 128  # table rows multiplied at once
 TILE = 256  # tokens summed at once
-WIDE = True  # whether sixteen codes are asked for at once
 PROGRAMS = 528  # four for each of 132 multiprocessors
 
 
@@ -96,15 +95,17 @@ def _sums(
 
 
 def _word(codes: Tensor, count: int) -> int:
-    # How many of a token's `count` codes, which lie side by side, are asked for at once
+    # How many of a token's `count` codes are asked for at once
+    if not packed(codes):
+        return 1
     aligned = not any(n % 16 for n in (*codes.stride()[:2], codes.stride(3), codes.data_ptr()))
-    if WIDE and aligned and count % 16 == 0:
+    if aligned and count % 16 == 0:
         return 16
     return 4 if count % 4 == 0 else 1
 
 
-def scores(query: Tensor, keys, tokens: int, scale: float, packed: bool, room: int, first: Tensor | None) -> Tensor:
-    """Scores [B * Hq, room] float32 of query [B, Hq, D] (channels in order) with keys coded after RoPE; `packed`: codes of a token lie side by side.
+def scores(query: Tensor, keys, tokens: int, scale: float, room: int, first: Tensor | None) -> Tensor:
+    """Scores [B * Hq, room] float32 of query [B, Hq, D] (channels in order) with keys coded after RoPE.
 
     -inf from `tokens` to `room`, and before `first` [B] if that is given.
     """
@@ -125,8 +126,8 @@ def scores(query: Tensor, keys, tokens: int, scale: float, packed: bool, room: i
     splits = max(1, min(triton.cdiv(tokens, TILE), PROGRAMS // (batch * heads)))
     share = TILE * triton.cdiv(tokens, TILE * splits)
     _sums[batch * heads, triton.cdiv(room, share)](
-        products, keys.codes, keys.sizes, first, out, tokens, room, share, *keys.codes.stride(), *((0, 0, 0) if keys.sizes is None else keys.sizes.stride()),
-        **shape, R=stages, K=entries, STRIPS=keys.codes.shape[1] > 1, COUNT=count, WORD=_word(keys.codes, count) if packed else 1,
+        products, keys.codes, keys.sizes, first, out, tokens, room, share, *keys.codes.stride(), *strides(keys.sizes, 3),
+        **shape, R=stages, K=entries, STRIPS=keys.codes.shape[1] > 1, COUNT=count, WORD=_word(keys.codes, count),
         BG=triton.next_power_of_2(group), BT=TILE, num_warps=8,
     )  # fmt: skip
     return out

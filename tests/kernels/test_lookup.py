@@ -6,13 +6,13 @@ import torch
 from kernels import lookup
 from kernels.attention import attend as dense
 
-triton_lookup = pytest.importorskip("kernels.lookup_triton", exc_type=ModuleNotFoundError)
+direct = pytest.importorskip("kernels.lookup_direct_triton", exc_type=ModuleNotFoundError)
 from kernels import lookup_bound_triton as bound  # noqa: E402  (needs triton too)
-from kernels import lookup_direct_triton as direct  # noqa: E402
 from kernels import lookup_rows_triton as rows  # noqa: E402
+from kernels import lookup_shares_triton as shares  # noqa: E402
 from kernels.lookup_rows_triton import layout, merge  # noqa: E402
 
-KERNELS = {"tiles": triton_lookup, "bound": bound, "direct": direct}
+KERNELS = {"bound": bound, "direct": direct}
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = {  # batch, heads, queries per head, D, tokens, key piece and stages, value piece and stages, entries, then options of `problem`
@@ -95,8 +95,6 @@ def test_definition_of_strided_pieces_and_sizes():
 
 @pytest.fixture(
     params=[
-        "tiles, short shares",
-        "tiles, long shares",
         "bound, tables fit",
         "bound, by pieces and stages",
         "bound, more tables than processors",
@@ -106,9 +104,8 @@ def test_definition_of_strided_pieces_and_sizes():
 )
 def kernel(request, monkeypatch):
     name, _, how = request.param.partition(", ")
-    monkeypatch.setattr(triton_lookup, "SHARE", 64 if how == "short shares" else 512)
-    monkeypatch.setattr(bound, "MULTIPROCESSORS", 3 if how == "more tables than processors" else 7)
-    monkeypatch.setattr(bound, "CACHE", 2**30 if how == "tables fit" else 1024)
+    monkeypatch.setattr(shares, "MULTIPROCESSORS", 3 if how == "more tables than processors" else 7)
+    monkeypatch.setattr(shares, "CACHE", 2**30 if how == "tables fit" else 1024)
     return KERNELS[name]
 
 
@@ -145,9 +142,8 @@ def test_shares_are_merged_by_their_mass():
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("case", CASES)
 def test_float32_queries_keep_their_digits(case, name, monkeypatch):
-    monkeypatch.setattr(triton_lookup, "SHARE", 64)
-    monkeypatch.setattr(bound, "MULTIPROCESSORS", 7)
-    monkeypatch.setattr(bound, "CACHE", 1024)
+    monkeypatch.setattr(shares, "MULTIPROCESSORS", 7)
+    monkeypatch.setattr(shares, "CACHE", 1024)
     *shape, options = CASES[case]
     given = problem(*shape, **options)
     for a, b in zip(KERNELS[name].attend(*given), defined(*given), strict=True):
@@ -156,14 +152,14 @@ def test_float32_queries_keep_their_digits(case, name, monkeypatch):
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_far_positions_keep_their_angle(name, monkeypatch):
-    monkeypatch.setattr(bound, "MULTIPROCESSORS", 3)
+    monkeypatch.setattr(shares, "MULTIPROCESSORS", 3)
     given = problem(1, 1, 2, 64, 130, 32, 2, 64, 1, 16, start=131_000)
     assert relative(KERNELS[name].attend(*given)[0].cpu(), defined(*given)[0]) < 5e-3
 
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_a_row_without_visible_tokens_weighs_nothing(name, monkeypatch):
-    monkeypatch.setattr(bound, "MULTIPROCESSORS", 3)
+    monkeypatch.setattr(shares, "MULTIPROCESSORS", 3)
     query, keys, values, tokens, scale, *_ = problem(2, 1, 2, 32, 20, 16, 1, 32, 1, 4, rotary=False)
     output, lse = KERNELS[name].attend(query, keys, values, tokens, scale, None, None, torch.tensor([0, 20], device=DEVICE))
     assert lse[1].isneginf().all() and not output[1].any() and lse[0].isfinite().all()
@@ -180,6 +176,6 @@ def test_a_row_without_visible_tokens_weighs_nothing(name, monkeypatch):
 def test_shares_of_the_tables_fit_the_cache(piece, stages, dtype, share):
     keys = lookup.Coded(torch.zeros(1, 1, 8 * 128 // piece * stages, 1, dtype=torch.uint8), torch.zeros(8 * 128 // piece, stages, 256, piece).to(dtype))
     rows = layout(keys, 128, True)
-    found = bound.divide(rows, 128, dtype.itemsize, bound.CACHE)
+    found = shares.divide(rows, 128, dtype.itemsize)
     assert tuple(found) == share
-    assert found.depth * 256 * 128 // found.slices * dtype.itemsize <= bound.CACHE
+    assert found.depth * 256 * 128 // found.slices * dtype.itemsize <= shares.CACHE
