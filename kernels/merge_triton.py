@@ -9,7 +9,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-
 DIRECT = 64  # most splits that are merged unfolded
 FOLDED = 32  # most that folding leaves
 TILE = 32  # channels of the output that a program turns back

@@ -113,8 +113,8 @@ class PagedAttention:
             0 if key.table is None else key.table.stride(0),
             heads, positions // TILE, table.groups.shape[1], table.width, v.segments[0].width, dim,
             key.strides()[2], value.strides()[2], min(backend.VTILE, dim // parts) if dim % 32 == 0 else 16, wide, rows,
-            k.log8, v.log8, k.offset, v.offset, k.bare or k.channels, v.bare, table.align, backend.AHEAD, backend.ASM, k.channels, parts, key.table is not None, backend.UNROLL, backend.VALUE_AHEAD,
-            backend.KEY_UNROLL, table.widest, table.key_integer, table.value_integer, early,
+            k.log8, v.log8, k.offset, v.offset, k.bare or k.channels, v.bare, table.align, backend.AHEAD, backend.ASM, k.channels, parts, key.table is not None,
+            backend.UNROLL, backend.VALUE_AHEAD, backend.KEY_UNROLL, table.widest, table.key_integer, table.value_integer, early,
             num_warps=1, num_stages=backend.STAGES, **backend.LIMIT, **({"launch_pdl": True} if early else {}),
         )  # fmt: skip
         return merge_triton.merge(out, stat, group, table.back, table.mean, early)
