@@ -9,7 +9,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-
 DIRECT = 64  # most splits that are merged unfolded
 FOLDED = 32  # most that folding leaves
 TILE = 32  # channels of the output that a program turns back
@@ -56,7 +55,7 @@ def merge_splits(
     HEADS: tl.constexpr, GROUP: tl.constexpr, G: tl.constexpr, DIM: tl.constexpr, DPAD: tl.constexpr, TILE: tl.constexpr, ALL: tl.constexpr,
     WHOLE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """output [B, H GROUP, D] = weighted mean of the splits @ rotation + mean; lse [B, H GROUP], natural logarithm; see :func:`merge`."""
+    """output [B, H GROUP, D], of any type, = weighted mean of the splits @ rotation + mean; lse [B, H GROUP], natural logarithm; see :func:`merge`."""
     query, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     place, g = query // GROUP, query % GROUP
     head = place % HEADS
@@ -72,23 +71,23 @@ def merge_splits(
         tl.store(lse + query, tl.where(mass == 0, float("-inf"), (peak + tl.log2(some)) * 0.6931471805599453))
 
 
-def merge(out: Tensor, stat: Tensor, group: int, back: Tensor, mean: Tensor, early: bool = False) -> tuple[Tensor, Tensor]:
+def merge(out: Tensor, stat: Tensor, group: int, back: Tensor, mean: Tensor, early: bool = False, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     """(output [B, H group, D], lse [B, H group] natural logarithm) of splits out [B, H, splits, G, D] and stat [B, H, splits, 2, G], G >= group.
 
     back [H or 1, D, D]: the values' rotation transposed; mean [H, D]. A query without mass gets the mean and -inf.
-    early: see :func:`kernels.backend.early`; the kernels ahead of it must wait likewise.
+    early: see :func:`kernels.backend.early`; the kernels ahead of it must wait likewise. dtype: of the output.
     """
     batch, heads, splits, wide, dim = out.shape
     queries, pad, whole = batch * heads * group, 1 << (dim - 1).bit_length(), splits > DIRECT
     launch = LIMIT | ({"launch_pdl": True} if early else {})
-    new = lambda *shape: torch.empty(shape, device=out.device)  # noqa: E731
+    new = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device=out.device)  # noqa: E731
     if whole:
         step = 1 << (-(-splits // FOLDED) - 1).bit_length()
         chunks = -(-splits // step)
         folded, folded_stat = new(batch, heads, chunks, group, dim), new(batch, heads, chunks, 2, group)
         fold_splits[(queries, chunks)](out, stat, folded, folded_stat, splits, group, wide, dim, pad, step, early, num_warps=min(8, max(1, step // ROWS)), **launch)
         out, stat, splits, wide = folded, folded_stat, chunks, group
-    output, lse = new(batch, heads * group, dim), new(batch, heads * group)
+    output, lse = new(batch, heads * group, dim, dtype=dtype), new(batch, heads * group)
     stride = back.stride(0) if len(back) > 1 else 0  # heads may share a rotation
     every = max(8, 1 << (splits - 1).bit_length())
     merge_splits[(queries, -(-dim // TILE))](out, stat, back, mean, output, lse, splits, stride, heads, group, wide, dim, pad, TILE, every, whole, early, num_warps=WARPS, **launch)

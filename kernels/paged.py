@@ -81,15 +81,18 @@ class PagedAttention:
         return self._tables
 
     def launch(
-        self, query: Tensor, key: Pages, value: Pages, lengths: Tensor, first: Tensor, longest: int, scale: float, splits: int | None = None, window: int | None = None
-    ) -> Part:
+        self, query: Tensor, key: Pages, value: Pages, lengths: Tensor, first: Tensor, longest: int, scale: float, splits: int | None = None,
+        window: int | None = None, dtype: torch.dtype = torch.float32,
+    ) -> Part:  # fmt: skip
         """The same with device-side lengths [B] int32 of at most `longest` tokens: nothing is read back, so it can be captured.
 
         window: only the last `window` tokens of a sequence are visible. Keys and values in a `Pool` share its table.
+        dtype: of the output; the log-sum-exp is float32.
         """
         if not backend.use_triton(query):
             dense = [reconstruct(pages.spec, *pages.symbols(0, longest)) for pages in (key, value)]
-            return attend(query, *dense, scale, first, window, lengths)
+            output, lse = attend(query, *dense, scale, first, window, lengths)
+            return output.to(dtype), lse
         from kernels import merge_triton, query_triton
         from kernels import paged_triton as twin
 
@@ -113,11 +116,11 @@ class PagedAttention:
             0 if key.table is None else key.table.stride(0),
             heads, positions // TILE, table.groups.shape[1], table.width, v.segments[0].width, dim,
             key.strides()[2], value.strides()[2], min(backend.VTILE, dim // parts) if dim % 32 == 0 else 16, wide, rows,
-            k.log8, v.log8, k.offset, v.offset, k.bare or k.channels, v.bare, table.align, backend.AHEAD, backend.ASM, k.channels, parts, key.table is not None, backend.UNROLL, backend.VALUE_AHEAD,
-            backend.KEY_UNROLL, table.widest, table.key_integer, table.value_integer, early,
+            k.log8, v.log8, k.offset, v.offset, k.bare or k.channels, v.bare, table.align, backend.AHEAD, backend.ASM, k.channels, parts, key.table is not None,
+            backend.UNROLL, backend.VALUE_AHEAD, backend.KEY_UNROLL, table.widest, table.key_integer, table.value_integer, early,
             num_warps=1, num_stages=backend.STAGES, **backend.LIMIT, **({"launch_pdl": True} if early else {}),
         )  # fmt: skip
-        return merge_triton.merge(out, stat, group, table.back, table.mean, early)
+        return merge_triton.merge(out, stat, group, table.back, table.mean, early, dtype)
 
 
 class _Tables:
