@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import lookup_shares_triton, lookup_sums_triton
-from kernels.lookup_rows_triton import halves, kind, laid, layout, merge, packed, rotation, seat, strides, turn
+from kernels.lookup_rows_triton import halves, kind, layout, merge, packed, rotation, seat, strides, turn
 from kernels.lookup_shares_triton import LIMIT, TWICE, divide, spread, task
 
 TILE = 64  # tokens rebuilt at once
@@ -63,8 +63,8 @@ def _scores(
     query, codes, tables, sizes, turns, offsets, base, out, tokens, share, lanes, splits, batches, scale,
     stride_batch, stride_strip, stride_code, stride_token, size_batch, size_head, size_token,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
-    KEY_PIECE: tl.constexpr, KEY_R: tl.constexpr, KEY_K: tl.constexpr, KEY_STRIPS: tl.constexpr, KEY_SHARED: tl.constexpr,
-    KEY_PARTS: tl.constexpr, KEY_W: tl.constexpr, KEY_STEP: tl.constexpr, KEY_HIGH: tl.constexpr,
+    PIECE: tl.constexpr, R: tl.constexpr, K: tl.constexpr, STRIPS: tl.constexpr, SHARED: tl.constexpr,
+    PARTS: tl.constexpr, W: tl.constexpr, STEP: tl.constexpr, HIGH: tl.constexpr,
     SLICES: tl.constexpr, DEPTH: tl.constexpr, GROUPS: tl.constexpr,
     PACKED: tl.constexpr, BT: tl.constexpr, BG: tl.constexpr, MULTIPROCESSORS: tl.constexpr, TWICE: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
@@ -73,13 +73,13 @@ def _scores(
         return
     head, part, group = table // (SLICES * GROUPS), table // GROUPS % SLICES, table % GROUPS
     HALF: tl.constexpr = D // 2
-    PARTS: tl.constexpr = KEY_PARTS // SLICES
-    WIDE: tl.constexpr = PARTS * KEY_W  # channels of each half
+    OWN: tl.constexpr = PARTS // SLICES  # parts of each half in a slice
+    WIDE: tl.constexpr = OWN * W  # channels of each half
     t, g, f = tl.arange(0, BT), tl.arange(0, BG), tl.arange(0, WIDE)
-    codes, tables = seat(codes, tables, batch, head, stride_batch, stride_strip, stride_code, D, KEY_PIECE, KEY_R, KEY_K, KEY_STRIPS, KEY_SHARED)
-    earlier = part * (PARTS * KEY_STEP // KEY_PIECE)  # pieces of earlier slices; 0 where a piece is half a head or more, which is never sliced
-    codes += (earlier * KEY_R + group * DEPTH) * stride_code
-    tables += ((0 if KEY_SHARED else earlier * KEY_R) + group * DEPTH) * (KEY_K * KEY_PIECE)
+    codes, tables = seat(codes, tables, batch, head, stride_batch, stride_strip, stride_code, D, PIECE, R, K, STRIPS, SHARED)
+    earlier = part * (OWN * STEP // PIECE)  # pieces of earlier slices; 0 where a piece is half a head or more, which is never sliced
+    codes += (earlier * R + group * DEPTH) * stride_code
+    tables += ((0 if SHARED else earlier * R) + group * DEPTH) * (K * PIECE)
     row = (batch * HEADS + head) * GROUP
     f += part * WIDE
     own = query + (row + g[:, None]) * D + f[None, :]
@@ -93,20 +93,20 @@ def _scores(
     c, s = turn((start // BT).to(tl.float32) * leap + (start % BT).to(tl.float32) * once)
     low, high = low * c[None, :] + high * s[None, :], high * c[None, :] - low * s[None, :]
     c, s = turn(leap)
-    p, i = tl.arange(0, PARTS), tl.arange(0, KEY_W)
-    around = offsets + part * WIDE + t[:, None, None] * HALF + (p * KEY_W)[None, :, None] + i[None, None, :]
+    p, i = tl.arange(0, OWN), tl.arange(0, W)
+    around = offsets + part * WIDE + t[:, None, None] * HALF + (p * W)[None, :, None] + i[None, None, :]
     cos, sin = tl.load(around), tl.load(around + BT * HALF)
     out += ((part * GROUPS + group).to(tl.int64) * (batches * HEADS * GROUP) + row) * tokens
-    own_low = _words(codes, begin + t, end, stride_code, stride_token, 0, PARTS, KEY_STEP, KEY_PIECE, KEY_R, DEPTH, PACKED)
-    own_high = _words(codes, begin + t, end, stride_code, stride_token, KEY_HIGH, PARTS, KEY_STEP, KEY_PIECE, KEY_R, DEPTH, PACKED)
+    own_low = _words(codes, begin + t, end, stride_code, stride_token, 0, OWN, STEP, PIECE, R, DEPTH, PACKED)
+    own_high = _words(codes, begin + t, end, stride_code, stride_token, HIGH, OWN, STEP, PIECE, R, DEPTH, PACKED)
     # Pipelining would stage the gathered rows in shared memory and bypass the first-level cache, where the tables live.
     for at in tl.range(begin, end, BT, num_stages=1):
         token = at + t
         seen = token < end
-        next_low = _words(codes, token + BT, end, stride_code, stride_token, 0, PARTS, KEY_STEP, KEY_PIECE, KEY_R, DEPTH, PACKED)
-        next_high = _words(codes, token + BT, end, stride_code, stride_token, KEY_HIGH, PARTS, KEY_STEP, KEY_PIECE, KEY_R, DEPTH, PACKED)
-        k_low = _rebuild(own_low, tables, 0, PARTS, KEY_W, KEY_STEP, KEY_PIECE, KEY_R, DEPTH, KEY_K, KEY_SHARED, KIND)
-        k_high = _rebuild(own_high, tables, KEY_HIGH, PARTS, KEY_W, KEY_STEP, KEY_PIECE, KEY_R, DEPTH, KEY_K, KEY_SHARED, KIND)
+        next_low = _words(codes, token + BT, end, stride_code, stride_token, 0, OWN, STEP, PIECE, R, DEPTH, PACKED)
+        next_high = _words(codes, token + BT, end, stride_code, stride_token, HIGH, OWN, STEP, PIECE, R, DEPTH, PACKED)
+        k_low = _rebuild(own_low, tables, 0, OWN, W, STEP, PIECE, R, DEPTH, K, SHARED, KIND)
+        k_high = _rebuild(own_high, tables, HIGH, OWN, W, STEP, PIECE, R, DEPTH, K, SHARED, KIND)
         own_low, own_high = next_low, next_high
         k_low, k_high = k_low * cos - k_high * sin, k_high * cos + k_low * sin
         score = tl.dot(low.to(KIND), tl.trans(tl.reshape(k_low, [BT, WIDE])), input_precision="ieee")
@@ -136,8 +136,8 @@ def _join(scores, first, peaks, tokens, rows, queries, PARTIAL: tl.constexpr, RA
 def _values(
     scores, peaks, codes, tables, sizes, out, lse, tokens, share, lanes, splits, batches, stride_batch, stride_strip, stride_code, stride_token,
     size_batch, size_head, size_token, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
-    VALUE_PIECE: tl.constexpr, VALUE_R: tl.constexpr, VALUE_K: tl.constexpr, VALUE_STRIPS: tl.constexpr, VALUE_SHARED: tl.constexpr,
-    VALUE_PARTS: tl.constexpr, VALUE_W: tl.constexpr, VALUE_STEP: tl.constexpr, VALUE_HIGH: tl.constexpr,
+    PIECE: tl.constexpr, R: tl.constexpr, K: tl.constexpr, STRIPS: tl.constexpr, SHARED: tl.constexpr,
+    PARTS: tl.constexpr, W: tl.constexpr, STEP: tl.constexpr, HIGH: tl.constexpr,
     SLICES: tl.constexpr, DEPTH: tl.constexpr, GROUPS: tl.constexpr,
     PACKED: tl.constexpr, BT: tl.constexpr, BG: tl.constexpr, MULTIPROCESSORS: tl.constexpr, TWICE: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
@@ -145,13 +145,13 @@ def _values(
     if not work:
         return
     head, part, group = table // (SLICES * GROUPS), table // GROUPS % SLICES, table % GROUPS
-    PARTS: tl.constexpr = VALUE_PARTS // SLICES
-    WIDE: tl.constexpr = PARTS * VALUE_W
+    OWN: tl.constexpr = PARTS // SLICES
+    WIDE: tl.constexpr = OWN * W
     t, g, d = tl.arange(0, BT), tl.arange(0, BG), tl.arange(0, WIDE)
-    codes, tables = seat(codes, tables, batch, head, stride_batch, stride_strip, stride_code, D, VALUE_PIECE, VALUE_R, VALUE_K, VALUE_STRIPS, VALUE_SHARED)
-    earlier = part * (PARTS * VALUE_STEP // VALUE_PIECE)
-    codes += (earlier * VALUE_R + group * DEPTH) * stride_code
-    tables += ((0 if VALUE_SHARED else earlier * VALUE_R) + group * DEPTH) * (VALUE_K * VALUE_PIECE)
+    codes, tables = seat(codes, tables, batch, head, stride_batch, stride_strip, stride_code, D, PIECE, R, K, STRIPS, SHARED)
+    earlier = part * (OWN * STEP // PIECE)
+    codes += (earlier * R + group * DEPTH) * stride_code
+    tables += ((0 if SHARED else earlier * R) + group * DEPTH) * (K * PIECE)
     rows, row = batches * HEADS * GROUP, (batch * HEADS + head) * GROUP
     own = scores + (row + g[:, None]).to(tl.int64) * tokens
     peak = tl.load(peaks + row + g, mask=g < GROUP, other=0.0)
@@ -161,19 +161,19 @@ def _values(
     begin = stretch * share
     end = tl.minimum(tokens, begin + share)
     real = g[:, None] < GROUP
-    word = _words(codes, begin + t, end, stride_code, stride_token, 0, PARTS, VALUE_STEP, VALUE_PIECE, VALUE_R, DEPTH, PACKED)
+    word = _words(codes, begin + t, end, stride_code, stride_token, 0, OWN, STEP, PIECE, R, DEPTH, PACKED)
     score = tl.load(own + (begin + t)[None, :], mask=real & (begin + t < end)[None, :], other=float("-inf"))
     for at in tl.range(begin, end, BT, num_stages=1):
         token = at + t
         ahead = token + BT
-        next_word = _words(codes, ahead, end, stride_code, stride_token, 0, PARTS, VALUE_STEP, VALUE_PIECE, VALUE_R, DEPTH, PACKED)
+        next_word = _words(codes, ahead, end, stride_code, stride_token, 0, OWN, STEP, PIECE, R, DEPTH, PACKED)
         next_score = tl.load(own + ahead[None, :], mask=real & (ahead < end)[None, :], other=float("-inf"))
         weight = tl.exp2((score - peak[:, None]) * 1.4426950408889634)
         heavy += weight
         if sizes is not None:
             size = tl.load(sizes + batch.to(tl.int64) * size_batch + head * size_head + token * size_token, mask=token < end, other=0.0)
             weight *= size.to(tl.float32)[None, :]
-        value = _rebuild(word, tables, 0, PARTS, VALUE_W, VALUE_STEP, VALUE_PIECE, VALUE_R, DEPTH, VALUE_K, VALUE_SHARED, KIND)
+        value = _rebuild(word, tables, 0, OWN, W, STEP, PIECE, R, DEPTH, K, SHARED, KIND)
         total = tl.dot(weight.to(KIND), tl.reshape(value, [BT, WIDE]), total, input_precision="ieee")
         word, score = next_word, next_score
     mass = tl.sum(heavy, 1)
@@ -205,7 +205,7 @@ def attend(
         lanes, splits, share, grid = spread(heads * mine.slices * mine.groups, batch, tokens, TILE)
         _scores[grid,](
             query, keys.codes, keys.tables, keys.sizes, *rotation(inv_freq, piece, TILE, query.dtype == torch.float32), base, scores, tokens, share, lanes, splits, batch, scale,
-            *keys.codes.stride(), *strides(keys.sizes, 3), **laid("KEY", key), SLICES=mine.slices, DEPTH=mine.depth, GROUPS=mine.groups,
+            *keys.codes.stride(), *strides(keys.sizes, 3), **key._asdict(), SLICES=mine.slices, DEPTH=mine.depth, GROUPS=mine.groups,
             PACKED=packed(keys.codes), **common,
         )  # fmt: skip
     peaks = torch.full((rows,), float("-inf"), device=query.device)
@@ -215,7 +215,7 @@ def attend(
     sums = torch.empty(splits * TWICE, rows, device=query.device)
     _values[grid,](
         scores, peaks, values.codes, values.tables, values.sizes, parts, sums, tokens, share, lanes, splits, batch,
-        *values.codes.stride(), *strides(values.sizes, 3), **laid("VALUE", value), SLICES=theirs.slices,
+        *values.codes.stride(), *strides(values.sizes, 3), **value._asdict(), SLICES=theirs.slices,
         DEPTH=theirs.depth, GROUPS=theirs.groups, PACKED=packed(values.codes), **common,
     )  # fmt: skip
     return merge(parts, sums, torch.empty(batch, queries, dim, device=query.device))

@@ -134,11 +134,6 @@ def layout(coded, dim: int, halved: bool) -> Layout:
     return Layout(*kept, span // width, width, width, span)
 
 
-def laid(prefix: str, layout: Layout) -> dict[str, int]:
-    """`layout` as keyword arguments of a kernel whose names begin with `prefix`."""
-    return {f"{prefix}_{name}": value for name, value in layout._asdict().items()}
-
-
 def strides(x: Tensor | None, count: int) -> tuple[int, ...]:
     """Strides of x, or `count` zeros for what is not given."""
     return (0,) * count if x is None else x.stride()
