@@ -3,7 +3,7 @@
 Keys may be coded before RoPE; they are then rotated to their positions, pair (i, i + D/2) by position * inv_freq[i]. This file defines;
 `kernels.lookup_direct_triton` obeys (rows go from the first-level cache straight into the products' operands) and leaves float32 queries and pieces
 narrower than four channels to `kernels.lookup_bound_triton` (tiles rebuilt on the way through shared memory), which obeys, too. How fast: NOTES.md.
-It costs scores, 4 bytes per token and query head, once for all layers.
+It costs scores, 4 bytes per token and query head, and for keys before RoPE queries, 2 D bytes per 128 tokens and query head, once for all layers.
 """
 
 from typing import NamedTuple
