@@ -43,7 +43,7 @@ def test_right_outputs_pass_and_wrong_ones_do_not(small, case, name, monkeypatch
 
 
 def test_rows_of_a_grid_and_of_steps(small, monkeypatch):
-    monkeypatch.setattr(bench, "verified", lambda box, cases=None: [(bench.Case(16, 2), "bound")])
+    monkeypatch.setattr(bench, "verified", lambda box, cases=None, names=None: [(bench.Case(16, 2), "bound")])
     monkeypatch.setattr(bench, "BACKENDS", {"fp16": bench.SDPBackend.MATH})
     monkeypatch.setattr(bench.KERNELS["bound"], "attend", lambda query, *rest: (query.float(), None))
     bench.grid(small, [(2, 64)])
