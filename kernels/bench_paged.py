@@ -39,7 +39,7 @@ def packed(name: str, heads: int, kv: int, batch: int, tokens: int, timed: bool 
     generator = torch.Generator().manual_seed(0)
     widths = key if isinstance(key, int) else synthetic.draw_widths(kv, DIM // 2, key, 0.75, generator)
     plain = name == "int4"
-    k, v = (synthetic.spec(kv, DIM, w, rotated=not plain, offset=plain, device="cuda") for w in (widths, value))
+    k, v = (synthetic.spec(kv, DIM, w, rotated=not plain, offset=plain, integers=plain, device="cuda") for w in (widths, value))
     pair = paged.PagedAttention(k, v)
     first = [synthetic.pages(s, batch, tokens) for s in (k, v)]
     size = sum(x.bytes() for x in first)
@@ -85,7 +85,7 @@ def right(name: str, heads: int, kv: int, tuning: dict) -> tuple[str, int, dict[
 
 def apply(tuning: dict) -> None:
     """Set the launch parameters that a run may vary."""
-    for name in ("STAGES", "AHEAD", "VTILE", "UNROLL", "WARPS"):
+    for name in ("STAGES", "AHEAD", "VALUE_AHEAD", "VTILE", "KEY_UNROLL", "UNROLL", "WARPS"):
         setattr(backend, name, tuning[name])
     backend.LIMIT = {"maxnreg": tuning["registers"]} if tuning["registers"] else {}
 
@@ -132,11 +132,14 @@ def main() -> None:
     parser.add_argument("--per-sm", type=int, default=backend.WARPS, help="programs per multiprocessor")
     parser.add_argument("--registers", type=int, default=backend.LIMIT.get("maxnreg", 0), help="most registers of a thread, 0 for no limit")
     parser.add_argument("--ahead", type=int, default=backend.AHEAD)
+    parser.add_argument("--value-ahead", type=int, default=backend.VALUE_AHEAD)
     parser.add_argument("--vtile", type=int, default=backend.VTILE)
+    parser.add_argument("--key-unroll", type=int, default=backend.KEY_UNROLL)
     parser.add_argument("--unroll", type=int, default=backend.UNROLL)
     parser.add_argument("--jobs", type=int, default=10, help="processes that compile")
     options = parser.parse_args()
-    tuning = {"STAGES": options.stages, "AHEAD": options.ahead, "VTILE": options.vtile, "UNROLL": options.unroll, "WARPS": options.per_sm, "registers": options.registers}
+    tuning = {"STAGES": options.stages, "AHEAD": options.ahead, "VALUE_AHEAD": options.value_ahead, "VTILE": options.vtile, "KEY_UNROLL": options.key_unroll}
+    tuning |= {"UNROLL": options.unroll, "WARPS": options.per_sm, "registers": options.registers}
     apply(tuning)
     shapes, rows, forms, begun = [SHAPES[i] for i in options.shapes], [], {}, time.time()
     with concurrent.futures.ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:

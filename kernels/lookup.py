@@ -1,12 +1,9 @@
 """One query per sequence against residual codes: attention over keys and values that are sums of table rows.
 
 Keys may be coded before RoPE; they are then rotated to their positions, pair (i, i + D/2) by position * inv_freq[i]. This file defines;
-`kernels.lookup_bound_triton` (programs bound to a share of the tables that the first-level cache holds) and `kernels.lookup_triton` (one
-kernel, tables in the second level) obey, on the same shapes, and `KERNEL` chooses.
-
-Measured on an H200 with 32/8 heads of 128 channels, batch 1, in eleven layouts of tables (results/latency/vq_attention.parquet): "bound" is
-1.15 to 1.8 times faster than "tiles" at 128K tokens, 1.13 to 1.6 at 32K and 1.35 to 3.9 at 8K, slower nowhere. It costs partial scores, 4
-bytes per token, query head and share of the key tables (one to eight shares), once for all layers.
+`kernels.lookup_direct_triton` obeys (rows go from the first-level cache straight into the products' operands) and leaves float32 queries and pieces
+narrower than four channels to `kernels.lookup_bound_triton` (tiles rebuilt on the way through shared memory), which obeys, too. How fast: NOTES.md.
+It costs scores, 4 bytes per token and query head, and for keys before RoPE queries, 2 D bytes per 128 tokens and query head, once for all layers.
 """
 
 from typing import NamedTuple
@@ -18,7 +15,6 @@ from kernels import rvq
 from kernels.attention import Part
 from kernels.attention import attend as dense
 
-KERNEL = "bound"  # or tiles
 NARROWEST = 32  # channels of a head that the kernels read: half of them is the least a product takes; narrower heads are read as defined
 
 
@@ -57,10 +53,9 @@ def attend(query: Tensor, keys: Coded, values: Coded, tokens: int, scale: float,
     inv_freq [D/2] and base [B] (position of token 0, integers): given for keys coded before RoPE. first [B]: first visible token.
     """
     if query.is_cuda and query.shape[2] >= NARROWEST:
-        from kernels import lookup_bound_triton, lookup_triton
+        from kernels import lookup_direct_triton
 
-        kernel = {"tiles": lookup_triton, "bound": lookup_bound_triton}[KERNEL]
-        return kernel.attend(query, keys, values, tokens, scale, inv_freq, base, first)
+        return lookup_direct_triton.attend(query, keys, values, tokens, scale, inv_freq, base, first)
     heads = keys.tables.shape[0] * keys.tables.shape[3] // query.shape[2]
     key, value = (rebuild(coded, heads, tokens) for coded in (keys, values))
     if inv_freq is not None:

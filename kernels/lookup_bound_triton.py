@@ -1,52 +1,23 @@
 """Attention over residual codes by programs that stay with one share of the tables, small enough for the first-level cache.
 
-Obeys `kernels.lookup`. Both products are linear in the stages and in the channels. A program of `_scores` rebuilds keys from a few stages
-(or a few pieces) of one KV head for a long stretch of tokens and writes partial scores, `_join` adds them up, and a program of `_values`
-gathers its share of the value rows for a stretch. Shares of channels are disjoint, shares of stages are added by the merge, stretches of
-tokens are joined by log-sum-exp. Partial scores are float32: 4 bytes per key share, token and query head. Keys after RoPE need no rows
-(`kernels.lookup_sums_triton`).
-Two programs fit a multiprocessor; programs MULTIPROCESSORS apart use the same rows, so that whichever two meet share a cache.
+Obeys `kernels.lookup`, divides the work as `kernels.lookup_shares_triton` says, and serves what `kernels.lookup_direct_triton` does not take. A
+program of `_scores` rebuilds its share of the keys of one KV head for a stretch of tokens and writes partial scores, `_join` adds them up, and a
+program of `_values` gathers its share of the value rows for a stretch. Shares of channels are disjoint, shares of stages are added by the merge,
+stretches of tokens are joined by log-sum-exp. Partial scores are float32: 4 bytes per key share, token and query head. Keys after RoPE need no
+rows (`kernels.lookup_sums_triton`).
 """
-
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import lookup_sums_triton
-from kernels.lookup_rows_triton import Layout, halves, kind, laid, layout, merge, rotation, seat, strides, turn
+from kernels import lookup_shares_triton, lookup_sums_triton
+from kernels.lookup_rows_triton import halves, kind, layout, merge, packed, rotation, seat, strides, turn
+from kernels.lookup_shares_triton import LIMIT, TWICE, divide, spread, task
 
 TILE = 64  # tokens rebuilt at once
-FEW = 128  # fewest tokens worth a program of their own
-CACHE = 128 * 1024  # bytes of rows a program keeps returning to; a multiprocessor has 256 KB for them, codes and shared memory
-MULTIPROCESSORS = 132
-TWICE = 2  # programs of a multiprocessor that use the same rows
-LIMIT = {"num_warps": 8, "maxnreg": 128}  # two programs to a multiprocessor
-DEEPEST = 4  # stages of a share: a word of codes has four bytes
 JOINED = 1024  # tokens that a program of `_join` adds up
-
-
-class Share(NamedTuple):
-    """How the rows of one head are divided among programs: pieces into `slices`, stages into groups of `depth`."""
-
-    slices: int
-    depth: int
-    groups: int
-
-
-def divide(rows: Layout, dim: int, width: int, budget: int) -> Share:
-    """The fewest shares whose rows take at most `budget` bytes, entries being `width` bytes: by pieces first, which does nothing twice, then by stages.
-
-    A share has at most DEEPEST stages, whose codes are one word.
-    """
-    slices = 1
-    while min(rows.R, DEEPEST) * rows.K * dim // slices * width > budget and slices < rows.PARTS and 32 * slices <= rows.PARTS * rows.W and not rows.SHARED:
-        slices *= 2
-    held = rows.K * (rows.PIECE if rows.SHARED else dim // slices) * width
-    depth = max((d for d in range(1, DEEPEST + 1) if rows.R % d == 0 and d * held <= budget), default=1)
-    return Share(slices, depth, rows.R // depth)
 
 
 @triton.jit
@@ -73,12 +44,13 @@ def _rebuild(
     word, tables, channel: tl.constexpr, PARTS: tl.constexpr, W: tl.constexpr, STEP: tl.constexpr,
     PIECE: tl.constexpr, R: tl.constexpr, DEPTH: tl.constexpr, K: tl.constexpr, SHARED: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    # As `kernels.lookup_rows_triton.rebuild`, from words
+    # [tokens, PARTS, W] of KIND: W channels from `channel` + part * STEP of a head on, the sum of one row for each stage. A loop that stays
+    # a loop keeps the layout of the loads; unrolled whole, every row would pass through shared memory on its way to the product's layout.
     part, i = tl.arange(0, PARTS), tl.arange(0, W)
     begin = channel + part * STEP
     row, column = (0 if SHARED else begin // PIECE * R) + part * 0, begin % PIECE
     inside = tables + (row * (K * PIECE) + column)[None, :, None] + i[None, None, :]
-    SPARED: tl.constexpr = 1 if DEPTH > 2 else 0  # one addition less, where what is left stays a loop (see there)
+    SPARED: tl.constexpr = 1 if DEPTH > 2 else 0  # one addition less, where what is left stays a loop
     total = tl.load(inside + ((word & 255) * PIECE)[:, :, None]).to(KIND) if SPARED else tl.zeros([word.shape[0], PARTS, W], KIND)
     for stage in tl.range(SPARED, DEPTH, num_stages=1):
         code = (word >> (8 * stage)) & 255
@@ -87,37 +59,27 @@ def _rebuild(
 
 
 @triton.jit
-def _task(lanes, splits, units, MULTIPROCESSORS: tl.constexpr, TWICE: tl.constexpr):
-    # (table, unit, stretch of tokens) of a program; tables slowest, so that a multiprocessor changes its rows rarely
-    program = tl.program_id(0)
-    wave, within = program // (MULTIPROCESSORS * TWICE), program % (MULTIPROCESSORS * TWICE)
-    lane = wave * MULTIPROCESSORS + within % MULTIPROCESSORS
-    stretch = lane % splits * TWICE + within // MULTIPROCESSORS
-    return lane < lanes, lane // splits // units, lane // splits % units, stretch
-
-
-@triton.jit
 def _scores(
     query, codes, tables, sizes, turns, offsets, base, out, tokens, share, lanes, splits, batches, scale,
     stride_batch, stride_strip, stride_code, stride_token, size_batch, size_head, size_token,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
-    KEY_PIECE: tl.constexpr, KEY_R: tl.constexpr, KEY_K: tl.constexpr, KEY_STRIPS: tl.constexpr, KEY_SHARED: tl.constexpr,
-    KEY_PARTS: tl.constexpr, KEY_W: tl.constexpr, KEY_STEP: tl.constexpr, KEY_HIGH: tl.constexpr,
+    PIECE: tl.constexpr, R: tl.constexpr, K: tl.constexpr, STRIPS: tl.constexpr, SHARED: tl.constexpr,
+    PARTS: tl.constexpr, W: tl.constexpr, STEP: tl.constexpr, HIGH: tl.constexpr,
     SLICES: tl.constexpr, DEPTH: tl.constexpr, GROUPS: tl.constexpr,
     PACKED: tl.constexpr, BT: tl.constexpr, BG: tl.constexpr, MULTIPROCESSORS: tl.constexpr, TWICE: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    work, table, batch, stretch = _task(lanes, splits, batches, MULTIPROCESSORS, TWICE)
+    work, table, batch, stretch = task(lanes, splits, batches, MULTIPROCESSORS, TWICE)
     if not work:
         return
     head, part, group = table // (SLICES * GROUPS), table // GROUPS % SLICES, table % GROUPS
     HALF: tl.constexpr = D // 2
-    PARTS: tl.constexpr = KEY_PARTS // SLICES
-    WIDE: tl.constexpr = PARTS * KEY_W  # channels of each half
+    OWN: tl.constexpr = PARTS // SLICES  # parts of each half in a slice
+    WIDE: tl.constexpr = OWN * W  # channels of each half
     t, g, f = tl.arange(0, BT), tl.arange(0, BG), tl.arange(0, WIDE)
-    codes, tables = seat(codes, tables, batch, head, stride_batch, stride_strip, stride_code, D, KEY_PIECE, KEY_R, KEY_K, KEY_STRIPS, KEY_SHARED)
-    earlier = part * (PARTS * KEY_STEP // KEY_PIECE)  # pieces of earlier slices; 0 where a piece is half a head or more, which is never sliced
-    codes += (earlier * KEY_R + group * DEPTH) * stride_code
-    tables += ((0 if KEY_SHARED else earlier * KEY_R) + group * DEPTH) * (KEY_K * KEY_PIECE)
+    codes, tables = seat(codes, tables, batch, head, stride_batch, stride_strip, stride_code, D, PIECE, R, K, STRIPS, SHARED)
+    earlier = part * (OWN * STEP // PIECE)  # pieces of earlier slices; 0 where a piece is half a head or more, which is never sliced
+    codes += (earlier * R + group * DEPTH) * stride_code
+    tables += ((0 if SHARED else earlier * R) + group * DEPTH) * (K * PIECE)
     row = (batch * HEADS + head) * GROUP
     f += part * WIDE
     own = query + (row + g[:, None]) * D + f[None, :]
@@ -131,20 +93,20 @@ def _scores(
     c, s = turn((start // BT).to(tl.float32) * leap + (start % BT).to(tl.float32) * once)
     low, high = low * c[None, :] + high * s[None, :], high * c[None, :] - low * s[None, :]
     c, s = turn(leap)
-    p, i = tl.arange(0, PARTS), tl.arange(0, KEY_W)
-    around = offsets + part * WIDE + t[:, None, None] * HALF + (p * KEY_W)[None, :, None] + i[None, None, :]
+    p, i = tl.arange(0, OWN), tl.arange(0, W)
+    around = offsets + part * WIDE + t[:, None, None] * HALF + (p * W)[None, :, None] + i[None, None, :]
     cos, sin = tl.load(around), tl.load(around + BT * HALF)
     out += ((part * GROUPS + group).to(tl.int64) * (batches * HEADS * GROUP) + row) * tokens
-    own_low = _words(codes, begin + t, end, stride_code, stride_token, 0, PARTS, KEY_STEP, KEY_PIECE, KEY_R, DEPTH, PACKED)
-    own_high = _words(codes, begin + t, end, stride_code, stride_token, KEY_HIGH, PARTS, KEY_STEP, KEY_PIECE, KEY_R, DEPTH, PACKED)
+    own_low = _words(codes, begin + t, end, stride_code, stride_token, 0, OWN, STEP, PIECE, R, DEPTH, PACKED)
+    own_high = _words(codes, begin + t, end, stride_code, stride_token, HIGH, OWN, STEP, PIECE, R, DEPTH, PACKED)
     # Pipelining would stage the gathered rows in shared memory and bypass the first-level cache, where the tables live.
     for at in tl.range(begin, end, BT, num_stages=1):
         token = at + t
         seen = token < end
-        next_low = _words(codes, token + BT, end, stride_code, stride_token, 0, PARTS, KEY_STEP, KEY_PIECE, KEY_R, DEPTH, PACKED)
-        next_high = _words(codes, token + BT, end, stride_code, stride_token, KEY_HIGH, PARTS, KEY_STEP, KEY_PIECE, KEY_R, DEPTH, PACKED)
-        k_low = _rebuild(own_low, tables, 0, PARTS, KEY_W, KEY_STEP, KEY_PIECE, KEY_R, DEPTH, KEY_K, KEY_SHARED, KIND)
-        k_high = _rebuild(own_high, tables, KEY_HIGH, PARTS, KEY_W, KEY_STEP, KEY_PIECE, KEY_R, DEPTH, KEY_K, KEY_SHARED, KIND)
+        next_low = _words(codes, token + BT, end, stride_code, stride_token, 0, OWN, STEP, PIECE, R, DEPTH, PACKED)
+        next_high = _words(codes, token + BT, end, stride_code, stride_token, HIGH, OWN, STEP, PIECE, R, DEPTH, PACKED)
+        k_low = _rebuild(own_low, tables, 0, OWN, W, STEP, PIECE, R, DEPTH, K, SHARED, KIND)
+        k_high = _rebuild(own_high, tables, HIGH, OWN, W, STEP, PIECE, R, DEPTH, K, SHARED, KIND)
         own_low, own_high = next_low, next_high
         k_low, k_high = k_low * cos - k_high * sin, k_high * cos + k_low * sin
         score = tl.dot(low.to(KIND), tl.trans(tl.reshape(k_low, [BT, WIDE])), input_precision="ieee")
@@ -174,22 +136,22 @@ def _join(scores, first, peaks, tokens, rows, queries, PARTIAL: tl.constexpr, RA
 def _values(
     scores, peaks, codes, tables, sizes, out, lse, tokens, share, lanes, splits, batches, stride_batch, stride_strip, stride_code, stride_token,
     size_batch, size_head, size_token, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
-    VALUE_PIECE: tl.constexpr, VALUE_R: tl.constexpr, VALUE_K: tl.constexpr, VALUE_STRIPS: tl.constexpr, VALUE_SHARED: tl.constexpr,
-    VALUE_PARTS: tl.constexpr, VALUE_W: tl.constexpr, VALUE_STEP: tl.constexpr, VALUE_HIGH: tl.constexpr,
+    PIECE: tl.constexpr, R: tl.constexpr, K: tl.constexpr, STRIPS: tl.constexpr, SHARED: tl.constexpr,
+    PARTS: tl.constexpr, W: tl.constexpr, STEP: tl.constexpr, HIGH: tl.constexpr,
     SLICES: tl.constexpr, DEPTH: tl.constexpr, GROUPS: tl.constexpr,
     PACKED: tl.constexpr, BT: tl.constexpr, BG: tl.constexpr, MULTIPROCESSORS: tl.constexpr, TWICE: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    work, table, batch, stretch = _task(lanes, splits, batches, MULTIPROCESSORS, TWICE)
+    work, table, batch, stretch = task(lanes, splits, batches, MULTIPROCESSORS, TWICE)
     if not work:
         return
     head, part, group = table // (SLICES * GROUPS), table // GROUPS % SLICES, table % GROUPS
-    PARTS: tl.constexpr = VALUE_PARTS // SLICES
-    WIDE: tl.constexpr = PARTS * VALUE_W
+    OWN: tl.constexpr = PARTS // SLICES
+    WIDE: tl.constexpr = OWN * W
     t, g, d = tl.arange(0, BT), tl.arange(0, BG), tl.arange(0, WIDE)
-    codes, tables = seat(codes, tables, batch, head, stride_batch, stride_strip, stride_code, D, VALUE_PIECE, VALUE_R, VALUE_K, VALUE_STRIPS, VALUE_SHARED)
-    earlier = part * (PARTS * VALUE_STEP // VALUE_PIECE)
-    codes += (earlier * VALUE_R + group * DEPTH) * stride_code
-    tables += ((0 if VALUE_SHARED else earlier * VALUE_R) + group * DEPTH) * (VALUE_K * VALUE_PIECE)
+    codes, tables = seat(codes, tables, batch, head, stride_batch, stride_strip, stride_code, D, PIECE, R, K, STRIPS, SHARED)
+    earlier = part * (OWN * STEP // PIECE)
+    codes += (earlier * R + group * DEPTH) * stride_code
+    tables += ((0 if SHARED else earlier * R) + group * DEPTH) * (K * PIECE)
     rows, row = batches * HEADS * GROUP, (batch * HEADS + head) * GROUP
     own = scores + (row + g[:, None]).to(tl.int64) * tokens
     peak = tl.load(peaks + row + g, mask=g < GROUP, other=0.0)
@@ -199,19 +161,19 @@ def _values(
     begin = stretch * share
     end = tl.minimum(tokens, begin + share)
     real = g[:, None] < GROUP
-    word = _words(codes, begin + t, end, stride_code, stride_token, 0, PARTS, VALUE_STEP, VALUE_PIECE, VALUE_R, DEPTH, PACKED)
+    word = _words(codes, begin + t, end, stride_code, stride_token, 0, OWN, STEP, PIECE, R, DEPTH, PACKED)
     score = tl.load(own + (begin + t)[None, :], mask=real & (begin + t < end)[None, :], other=float("-inf"))
     for at in tl.range(begin, end, BT, num_stages=1):
         token = at + t
         ahead = token + BT
-        next_word = _words(codes, ahead, end, stride_code, stride_token, 0, PARTS, VALUE_STEP, VALUE_PIECE, VALUE_R, DEPTH, PACKED)
+        next_word = _words(codes, ahead, end, stride_code, stride_token, 0, OWN, STEP, PIECE, R, DEPTH, PACKED)
         next_score = tl.load(own + ahead[None, :], mask=real & (ahead < end)[None, :], other=float("-inf"))
         weight = tl.exp2((score - peak[:, None]) * 1.4426950408889634)
         heavy += weight
         if sizes is not None:
             size = tl.load(sizes + batch.to(tl.int64) * size_batch + head * size_head + token * size_token, mask=token < end, other=0.0)
             weight *= size.to(tl.float32)[None, :]
-        value = _rebuild(word, tables, 0, PARTS, VALUE_W, VALUE_STEP, VALUE_PIECE, VALUE_R, DEPTH, VALUE_K, VALUE_SHARED, KIND)
+        value = _rebuild(word, tables, 0, OWN, W, STEP, PIECE, R, DEPTH, K, SHARED, KIND)
         total = tl.dot(weight.to(KIND), tl.reshape(value, [BT, WIDE]), total, input_precision="ieee")
         word, score = next_word, next_score
     mass = tl.sum(heavy, 1)
@@ -220,19 +182,6 @@ def _values(
     tl.store(mine, total / tl.where(mass > 0, mass, 1.0)[:, None], mask=g[:, None] < GROUP)
     if part + group == 0:
         tl.store(lse + place, tl.where(mass > 0, peak + tl.log(mass), float("-inf")), mask=g < GROUP)
-
-
-def _lanes(tables: int, batches: int, tokens: int) -> tuple[int, int, int, int]:
-    # (lanes, stretches of tokens per table and sequence in pairs, tokens of a stretch, programs of the grid)
-    units = tables * batches
-    splits = max(1, min(triton.cdiv(tokens, FEW * TWICE), MULTIPROCESSORS // units))
-    share = TILE * triton.cdiv(tokens, TILE * TWICE * splits)
-    return units * splits, splits, share, triton.cdiv(units * splits, MULTIPROCESSORS) * MULTIPROCESSORS * TWICE
-
-
-def _packed(codes: Tensor) -> bool:
-    # Whether the codes of a token lie side by side, so that those of a share of stages can be read as one word
-    return codes.stride(2) == 1 and codes.data_ptr() % 4 == 0
 
 
 def attend(
@@ -244,29 +193,29 @@ def attend(
     group = queries // heads
     rows = batch * queries
     key, value = layout(keys, dim, True), layout(values, dim, False)
-    mine, theirs = divide(key, dim, keys.tables.element_size(), CACHE), divide(value, dim, values.tables.element_size(), CACHE)
+    mine, theirs = divide(key, dim, keys.tables.element_size()), divide(value, dim, values.tables.element_size())
     common = {"HEADS": heads, "GROUP": group, "D": dim, "BT": TILE, "BG": max(16, triton.next_power_of_2(group)),
-              "MULTIPROCESSORS": MULTIPROCESSORS, "TWICE": TWICE, "KIND": kind(query), **LIMIT}  # fmt: skip
+              "MULTIPROCESSORS": lookup_shares_triton.MULTIPROCESSORS, "TWICE": TWICE, "KIND": kind(query), **LIMIT}  # fmt: skip
     if inv_freq is None:
-        scores = lookup_sums_triton.scores(query, keys, tokens, scale, _packed(keys.codes))[None]
+        scores = lookup_sums_triton.scores(query, keys, tokens, scale, tokens, None)[None]
     else:
         piece = keys.tables.shape[3] if keys.strided else None
         query = query[..., halves(dim, piece, query.device)] if piece else query.contiguous()
         scores = torch.empty(mine.slices * mine.groups, rows, tokens, device=query.device)
-        lanes, splits, share, grid = _lanes(heads * mine.slices * mine.groups, batch, tokens)
+        lanes, splits, share, grid = spread(heads * mine.slices * mine.groups, batch, tokens, TILE)
         _scores[grid,](
             query, keys.codes, keys.tables, keys.sizes, *rotation(inv_freq, piece, TILE, query.dtype == torch.float32), base, scores, tokens, share, lanes, splits, batch, scale,
-            *keys.codes.stride(), *strides(keys.sizes, 3), **laid("KEY", key), SLICES=mine.slices, DEPTH=mine.depth, GROUPS=mine.groups,
-            PACKED=_packed(keys.codes), **common,
+            *keys.codes.stride(), *strides(keys.sizes, 3), **key._asdict(), SLICES=mine.slices, DEPTH=mine.depth, GROUPS=mine.groups,
+            PACKED=packed(keys.codes), **common,
         )  # fmt: skip
     peaks = torch.full((rows,), float("-inf"), device=query.device)
     _join[rows, triton.cdiv(tokens, JOINED)](scores, first, peaks, tokens, rows, queries, PARTIAL=len(scores), RAGGED=first is not None, BT=JOINED)
-    lanes, splits, share, grid = _lanes(heads * theirs.slices * theirs.groups, batch, tokens)
+    lanes, splits, share, grid = spread(heads * theirs.slices * theirs.groups, batch, tokens, TILE)
     parts = torch.empty(theirs.groups, splits * TWICE, rows, dim, device=query.device)
     sums = torch.empty(splits * TWICE, rows, device=query.device)
     _values[grid,](
         scores, peaks, values.codes, values.tables, values.sizes, parts, sums, tokens, share, lanes, splits, batch,
-        *values.codes.stride(), *strides(values.sizes, 3), **laid("VALUE", value), SLICES=theirs.slices,
-        DEPTH=theirs.depth, GROUPS=theirs.groups, PACKED=_packed(values.codes), **common,
+        *values.codes.stride(), *strides(values.sizes, 3), **value._asdict(), SLICES=theirs.slices,
+        DEPTH=theirs.depth, GROUPS=theirs.groups, PACKED=packed(values.codes), **common,
     )  # fmt: skip
     return merge(parts, sums, torch.empty(batch, queries, dim, device=query.device))

@@ -1,7 +1,7 @@
-"""What both decode kernels over residual codes share: rebuilding a tile from table rows, turning angles, merging shares of the tokens.
+"""What both decode kernels over residual codes share: where a head's codes and rows lie, turning angles, merging shares of the tokens.
 
 Table rows are read from global memory with plain 16-byte loads, so they live in the first-level cache: no staging through shared
-memory, which `cp.async` would do past that cache. A tile's sum is float16, as the product that follows wants it; for float32 queries sums and
+memory, which `cp.async` would do past that cache. A sum of rows is float16, as the product that follows wants it; for float32 queries sums and
 products are float32 (:func:`kind`), because a model in float32 asks for its digits and not for speed.
 """
 
@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+MERGED = 32  # channels of a row that a program of `merge_shares` joins
 
 
 @triton.jit
@@ -35,25 +37,6 @@ def seat(
 
 
 @triton.jit
-def rebuild(
-    codes, tables, token, seen, stride_code, stride_token, channel: tl.constexpr, PARTS: tl.constexpr, W: tl.constexpr, STEP: tl.constexpr,
-    PIECE: tl.constexpr, R: tl.constexpr, K: tl.constexpr, SHARED: tl.constexpr, KIND: tl.constexpr,
-):  # fmt: skip
-    """[tokens, PARTS, W] of KIND: W channels from `channel` + part * STEP of a head on, the sum of one row for each of R stages."""
-    part, i = tl.arange(0, PARTS), tl.arange(0, W)
-    begin = channel + part * STEP
-    piece, column = begin // PIECE, begin % PIECE
-    # A loop that stays a loop keeps the layout of the loads; unrolled whole, every row would pass through shared memory on its way to
-    # the product's layout.
-    total = tl.zeros([token.shape[0], PARTS, W], KIND)
-    for stage in tl.range(0, R, loop_unroll_factor=4 if R >= 8 else 2, num_stages=1):
-        code = tl.load(codes + (piece * R + stage)[None, :] * stride_code + token[:, None] * stride_token, mask=seen[:, None], other=0).to(tl.int32)
-        row = (stage * K + code) * PIECE if SHARED else ((piece * R + stage)[None, :] * K + code) * PIECE
-        total += tl.load(tables + row[:, :, None] + column[None, :, None] + i[None, None, :]).to(total.dtype)
-    return total
-
-
-@triton.jit
 def turn(turns):
     """Cosine and sine of an angle in turns; Taylor series on a quarter turn, errors below 1e-6."""
     turns -= tl.floor(turns + 0.5)
@@ -69,35 +52,30 @@ def turn(turns):
 
 
 @triton.jit
-def turned(low, high, turns, position, BT: tl.constexpr, f, HALF: tl.constexpr):
-    """Query halves [queries, channels f] turned back to the first position of a tile of BT tokens; `turns` per token, then per tile."""
-    once, leap = tl.load(turns + f), tl.load(turns + HALF + f)
-    c, s = turn((position // BT).to(tl.float32) * leap + (position % BT).to(tl.float32) * once)
-    return low * c[None, :] + high * s[None, :], high * c[None, :] - low * s[None, :]
-
-
-@triton.jit
-def merge_shares(parts, sums, out, lse, count, rows, D: tl.constexpr, SPLITS: tl.constexpr, GROUPS: tl.constexpr):
-    """One row of `out` [rows, D]: parts [GROUPS, count, rows, D] added over groups of stages and joined over shares by log-sum-exp, sums [count, rows]."""
-    row, split, d = tl.program_id(0).to(tl.int64), tl.arange(0, SPLITS), tl.arange(0, D)
+def merge_shares(parts, sums, out, lse, count, rows, D: tl.constexpr, SPLITS: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    """WIDE channels of one row of `out` [rows, D]: parts [GROUPS, count, rows, D] added over groups of stages and joined over shares by log-sum-exp, sums [count, rows]."""
+    row, split, d = tl.program_id(0).to(tl.int64), tl.arange(0, SPLITS), tl.program_id(1) * WIDE + tl.arange(0, WIDE)
     each = tl.load(sums + split * rows + row, mask=split < count, other=float("-inf"))
     top = tl.max(each, 0)
-    weight = tl.exp(each - tl.where(top > float("-inf"), top, 0.0))
-    mass = tl.sum(weight, 0)
-    total = tl.zeros([D], tl.float32)
-    for split in range(count):
-        own = tl.exp(tl.load(sums + split * rows + row) - tl.where(top > float("-inf"), top, 0.0))
+    base = tl.where(top > float("-inf"), top, 0.0)
+    mass = tl.sum(tl.exp(each - base), 0)
+    total = tl.zeros([WIDE], tl.float32)
+    for begin in range(0, count, BLOCK):
+        some = begin + tl.arange(0, BLOCK)
+        own = tl.exp(tl.load(sums + some * rows + row, mask=some < count, other=float("-inf")) - base)
         for group in tl.static_range(GROUPS):
-            total += own * tl.load(parts + ((group * count + split) * rows + row) * D + d)
+            part = tl.load(parts + ((group * count + some[:, None]) * rows + row) * D + d[None, :], mask=some[:, None] < count, other=0.0)
+            total += tl.sum(own[:, None] * part, 0)
     tl.store(out + row * D + d, total / tl.where(mass > 0, mass, 1.0))
-    tl.store(lse + row, tl.where(mass > 0, top + tl.log(mass), float("-inf")))
+    if tl.program_id(1) == 0:
+        tl.store(lse + row, tl.where(mass > 0, top + tl.log(mass), float("-inf")))
 
 
 def merge(parts: Tensor, sums: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp of `merge_shares`; out [B, Hq, D] is written, the log-sum-exp [B, Hq] is new. All float32."""
     groups, splits, rows, dim = parts.shape
     lse = torch.empty(out.shape[:2], device=out.device)
-    merge_shares[rows,](parts, sums, out, lse, splits, rows, D=dim, SPLITS=triton.next_power_of_2(splits), GROUPS=groups, num_warps=1)
+    merge_shares[rows, dim // MERGED](parts, sums, out, lse, splits, rows, D=dim, SPLITS=triton.next_power_of_2(splits), GROUPS=groups, BLOCK=32, WIDE=MERGED, num_warps=1)
     return out, lse
 
 
@@ -106,6 +84,11 @@ def halves(dim: int, piece: int, device: torch.device) -> Tensor:
     """Channels [dim] in the order of strided pieces (channel c in piece c % (dim / piece)): the pieces' first halves, then their second."""
     order = torch.arange(dim, device=device).view(2, piece // 2, dim // piece)
     return order.transpose(1, 2).flatten()
+
+
+def packed(codes: Tensor) -> bool:
+    """Whether the codes [B, S, n, T] of a token lie side by side from an aligned address on, so that several can be read as one word."""
+    return codes.stride(2) == 1 and codes.data_ptr() % 4 == 0
 
 
 def kind(query: Tensor) -> tl.dtype:
@@ -127,16 +110,16 @@ def rotation(inv_freq: Tensor, piece: int | None, tile: int, exact: bool) -> tup
 
 
 class Layout(NamedTuple):
-    """Compile-time numbers of one tensor's pieces, as `seat` and `rebuild` take them."""
+    """Compile-time numbers of one tensor's pieces, as `seat` and the kernels take them."""
 
     PIECE: int
     R: int
     K: int
     STRIPS: bool
     SHARED: bool
-    PARTS: int  # of half a head for keys, of a head for values
-    W: int
-    STEP: int
+    PARTS: int  # pieces, or parts of one, of half a head for keys, of a head for values
+    W: int  # channels of a part
+    STEP: int  # channels from one part to the next: W, or a piece where keys are strided
     HIGH: int  # channel where the second half begins; unused for values
 
 
@@ -151,10 +134,6 @@ def layout(coded, dim: int, halved: bool) -> Layout:
     return Layout(*kept, span // width, width, width, span)
 
 
-def laid(prefix: str, layout: Layout) -> dict[str, int]:
-    """`layout` as keyword arguments of a kernel whose names begin with `prefix`."""
-    return {f"{prefix}_{name}": value for name, value in layout._asdict().items()}
-
-
 def strides(x: Tensor | None, count: int) -> tuple[int, ...]:
+    """Strides of x, or `count` zeros for what is not given."""
     return (0,) * count if x is None else x.stride()

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.lookup_rows_triton import kind
+from kernels.lookup_rows_triton import kind, packed, strides
 
 ROWS = 128  # table rows multiplied at once
 TILE = 256  # tokens summed at once
@@ -41,8 +41,17 @@ def _products(
 
 
 @triton.jit
+def _looked_up(score, products, word, first, COUNT: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, g):
+    # `score` [tokens, queries] and the products of COUNT codes from number `first` on, the bytes of a word
+    for i in tl.static_range(COUNT):
+        code = (first + i) * K + ((word >> (8 * i)) & 255)
+        score += tl.load(products + code[:, None] * GROUP + g[None, :], mask=g[None, :] < GROUP, other=0.0).to(tl.float32)
+    return score
+
+
+@triton.jit
 def _sums(
-    products, codes, sizes, out, tokens, share, stride_batch, stride_strip, stride_code, stride_token, size_batch, size_head, size_token,
+    products, codes, sizes, first, out, tokens, room, share, stride_batch, stride_strip, stride_code, stride_token, size_batch, size_head, size_token,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, PIECE: tl.constexpr, R: tl.constexpr, K: tl.constexpr,
     STRIPS: tl.constexpr, COUNT: tl.constexpr, WORD: tl.constexpr, BG: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
@@ -55,28 +64,51 @@ def _sums(
     else:
         codes += head * D // PIECE * R * stride_code
     products += own.to(tl.int64) * COUNT * K * GROUP
-    out += own.to(tl.int64) * GROUP * tokens
+    out += own.to(tl.int64) * GROUP * room
     begin = tl.program_id(1) * share
-    end = tl.minimum(tokens, begin + share)
+    end = tl.minimum(room, begin + share)
     for at in tl.range(begin, end, BT, num_stages=1):
         token = at + t
-        seen = token < end
+        seen = (token < end) & (token < tokens)
         score = tl.zeros([BT, BG], tl.float32)
-        for first in tl.static_range(0, COUNT, WORD):
-            place = codes + first * stride_code + token * stride_token
-            place = place.to(tl.pointer_type(tl.int32), bitcast=True) if WORD == 4 else place
-            word = tl.load(place, mask=seen, other=0).to(tl.int32)
-            for i in tl.static_range(WORD):
-                code = (first + i) * K + ((word >> (8 * i)) & 255)
-                score += tl.load(products + code[:, None] * GROUP + g[None, :], mask=g[None, :] < GROUP, other=0.0).to(tl.float32)
+        for begun in tl.static_range(0, COUNT, WORD):
+            place = codes + begun * stride_code + token * stride_token
+            if WORD == 16:  # sixteen codes at once: a line of the cache is asked for once, not four times
+                four = tl.load(place.to(tl.pointer_type(tl.int32), bitcast=True)[:, None] + tl.arange(0, 4)[None, :], mask=seen[:, None], other=0)
+                even, odd = tl.split(tl.reshape(four, [BT, 2, 2]))
+                a, c = tl.split(even)
+                b, d = tl.split(odd)
+                score = _looked_up(score, products, a, begun, 4, GROUP, K, g)
+                score = _looked_up(score, products, b, begun + 4, 4, GROUP, K, g)
+                score = _looked_up(score, products, c, begun + 8, 4, GROUP, K, g)
+                score = _looked_up(score, products, d, begun + 12, 4, GROUP, K, g)
+            else:
+                place = place.to(tl.pointer_type(tl.int32), bitcast=True) if WORD == 4 else place
+                score = _looked_up(score, products, tl.load(place, mask=seen, other=0).to(tl.int32), begun, WORD, GROUP, K, g)
         if sizes is not None:
             size = tl.load(sizes + batch.to(tl.int64) * size_batch + head * size_head + token * size_token, mask=seen, other=0.0)
             score *= size.to(tl.float32)[:, None]
-        tl.store(out + g[None, :].to(tl.int64) * tokens + token[:, None], score, mask=seen[:, None] & (g[None, :] < GROUP))
+        if first is not None:
+            seen &= token >= tl.load(first + batch)
+        score = tl.where(seen[:, None], score, float("-inf"))
+        tl.store(out + g[None, :].to(tl.int64) * room + token[:, None], score, mask=(token < end)[:, None] & (g[None, :] < GROUP))
 
 
-def scores(query: Tensor, keys, tokens: int, scale: float, packed: bool) -> Tensor:
-    """Scores [B * Hq, tokens] float32 of query [B, Hq, D] (channels in order) with keys coded after RoPE; `packed`: codes of a token lie side by side."""
+def _word(codes: Tensor, count: int) -> int:
+    # How many of a token's `count` codes are asked for at once
+    if not packed(codes):
+        return 1
+    aligned = not any(n % 16 for n in (*codes.stride()[:2], codes.stride(3), codes.data_ptr()))
+    if aligned and count % 16 == 0:
+        return 16
+    return 4 if count % 4 == 0 else 1
+
+
+def scores(query: Tensor, keys, tokens: int, scale: float, room: int, first: Tensor | None) -> Tensor:
+    """Scores [B * Hq, room] float32 of query [B, Hq, D] (channels in order) with keys coded after RoPE.
+
+    -inf from `tokens` to `room`, and before `first` [B] if that is given.
+    """
     batch, queries, dim = query.shape
     pieces, stages, entries, piece = keys.tables.shape
     heads = pieces * piece // dim
@@ -90,12 +122,12 @@ def scores(query: Tensor, keys, tokens: int, scale: float, packed: bool) -> Tens
         query.contiguous(), keys.tables, products, scale, **shape, ROWS_OF=stages * entries, SHARED=shared, STRIDED=keys.strided, W=width,
         BW=max(16, width), BG=max(16, triton.next_power_of_2(group)), BR=ROWS, KIND=kind(query),
     )  # fmt: skip
-    out = torch.empty(batch * queries, tokens, device=query.device)
+    out = torch.empty(batch * queries, room, device=query.device)
     splits = max(1, min(triton.cdiv(tokens, TILE), PROGRAMS // (batch * heads)))
     share = TILE * triton.cdiv(tokens, TILE * splits)
-    _sums[batch * heads, triton.cdiv(tokens, share)](
-        products, keys.codes, keys.sizes, out, tokens, share, *keys.codes.stride(), *((0, 0, 0) if keys.sizes is None else keys.sizes.stride()),
-        **shape, R=stages, K=entries, STRIPS=keys.codes.shape[1] > 1, COUNT=count, WORD=4 if packed and count % 4 == 0 else 1,
+    _sums[batch * heads, triton.cdiv(room, share)](
+        products, keys.codes, keys.sizes, first, out, tokens, room, share, *keys.codes.stride(), *strides(keys.sizes, 3),
+        **shape, R=stages, K=entries, STRIPS=keys.codes.shape[1] > 1, COUNT=count, WORD=_word(keys.codes, count),
         BG=triton.next_power_of_2(group), BT=TILE, num_warps=8,
     )  # fmt: skip
     return out

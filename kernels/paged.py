@@ -14,6 +14,7 @@ from kernels.attention import Part, attend
 from kernels.encode import Encoder, encodable
 from kernels.pages import PAGE, TILE, Layout, Pages, Spec, stored_values
 from kernels.prefill import attend_pages
+from kernels.scalar import consecutive
 
 VALUES = 32  # least channels of one of several segments of a value
 
@@ -80,15 +81,19 @@ class PagedAttention:
         return self._tables
 
     def launch(
-        self, query: Tensor, key: Pages, value: Pages, lengths: Tensor, first: Tensor, longest: int, scale: float, splits: int | None = None, window: int | None = None
-    ) -> Part:
+        self, query: Tensor, key: Pages, value: Pages, lengths: Tensor, first: Tensor, longest: int, scale: float, splits: int | None = None,
+        window: int | None = None, dtype: torch.dtype = torch.float32,
+    ) -> Part:  # fmt: skip
         """The same with device-side lengths [B] int32 of at most `longest` tokens: nothing is read back, so it can be captured.
 
         window: only the last `window` tokens of a sequence are visible. Keys and values in a `Pool` share its table.
+        dtype: of the output; the log-sum-exp is float32.
         """
         if not backend.use_triton(query):
             dense = [reconstruct(pages.spec, *pages.symbols(0, longest)) for pages in (key, value)]
-            return attend(query, *dense, scale, first, window, lengths)
+            output, lse = attend(query, *dense, scale, first, window, lengths)
+            return output.to(dtype), lse
+        from kernels import merge_triton, query_triton
         from kernels import paged_triton as twin
 
         table, (k, v) = self.tables(query.device), self.specs
@@ -100,14 +105,10 @@ class PagedAttention:
         splits = min(blocks, splits or max(1, backend.programs(query.device) // (batch * heads)))
         per_split = -(-blocks // splits) * block
         splits = -(-blocks * block // per_split)
-        positions, pad = table.matrix.shape[1], 1 << (dim - 1).bit_length()
-        new = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device=query.device)  # noqa: E731
-        turned = new(batch, heads, positions, wide, dtype=torch.float32 if query.dtype == torch.float32 else torch.float16)
-        aux, out, stat = new(batch, heads, 2, wide), new(batch, heads, splits, wide, dim), new(batch, heads, splits, 2, wide)
-        merged, lse, output = new(batch, heads * group, dim), new(batch, heads * group), new(batch, heads * group, dim)
-        twin.rotate_query[(batch * heads * wide, -(-positions // 32))](
-            query.contiguous(), table.matrix, table.sums, turned, aux, scale * math.log2(math.e), heads, group, wide, positions, dim, pad, 32
-        )
+        positions, early = table.matrix.shape[1], backend.early(query, splits)
+        new = lambda *shape: torch.empty(shape, device=query.device)  # noqa: E731
+        turned, aux = query_triton.rotate(query, table.matrix, table.sums, scale * math.log2(math.e), early)
+        out, stat = new(batch, heads, splits, wide, dim), new(batch, heads, splits, 2, wide)
         twin.decode_split[(splits, heads, batch)](
             turned, aux, key.words, key.sides, value.words, value.sides, table.groups, table.books, table.value_levels, table.value_books, table.shifts, first, lengths,
             lengths if key.table is None else key.table, out, stat, *key.strides()[:2], key.strides()[3], key.sides.shape[-2], *value.strides()[:2],
@@ -115,14 +116,11 @@ class PagedAttention:
             0 if key.table is None else key.table.stride(0),
             heads, positions // TILE, table.groups.shape[1], table.width, v.segments[0].width, dim,
             key.strides()[2], value.strides()[2], min(backend.VTILE, dim // parts) if dim % 32 == 0 else 16, wide, rows,
-            k.log8, v.log8, k.offset, v.offset, k.bare or k.channels, v.bare, table.align, backend.AHEAD, backend.ASM, k.channels, parts, key.table is not None, backend.UNROLL,
-            num_warps=1, num_stages=backend.STAGES, **backend.LIMIT,
+            k.log8, v.log8, k.offset, v.offset, k.bare or k.channels, v.bare, table.align, backend.AHEAD, backend.ASM, k.channels, parts, key.table is not None,
+            backend.UNROLL, backend.VALUE_AHEAD, backend.KEY_UNROLL, table.widest, table.key_integer, table.value_integer, early,
+            num_warps=1, num_stages=backend.STAGES, **backend.LIMIT, **({"launch_pdl": True} if early else {}),
         )  # fmt: skip
-        every = max(16, 1 << (splits - 1).bit_length())
-        twin.merge_splits[(batch * heads * group, -(-dim // 32))](out, stat, merged, lse, splits, wide, group, dim, 32, every, min(every, 128))
-        stride = table.back.stride(0) if len(table.back) > 1 else 0  # heads may share a rotation
-        twin.unrotate[(batch * heads * group, -(-dim // 32))](merged, table.back, table.mean, output, stride, heads, group, dim, pad, 32)
-        return output, lse
+        return merge_triton.merge(out, stat, group, table.back, table.mean, early, dtype)
 
 
 class _Tables:
@@ -147,12 +145,15 @@ class _Tables:
                 self.matrix[head, at * TILE : at * TILE + seg.size] = rotation[head, seg.start : seg.start + seg.size]
                 at = end
         self.width = key.segments[0].width if _whole(key) and key.segments[0].width <= 4 else 0  # 0: read widths from `groups`
+        self.key_integer = self.width > 0 and consecutive(books[key.segments[0].book :][: 2**self.width])
         self.align = 2 if all(s.size % 2 == 0 for s in key.segments) else 1  # RoPE blocks are pairs of channels
         mean = torch.zeros(key.heads, key.dim) if key.mean is None else key.mean
         self.sums = torch.stack([mean.to(device), self.matrix.sum(1)], 1).contiguous()
         self.groups, self.books = groups.to(device), books.to(device)
+        self.widest = max(s.width for s in key.segments)
         seg = value.segments[0]
         self.value_books = value.levels[seg.book : seg.book + 2**seg.width].half().to(device)
+        self.value_integer = seg.width <= 4 and consecutive(self.value_books)
         self.value_levels = level_bytes(self.value_books[:16].cpu()).to(device)
         self.back = (eye if value.rotation is None else value.rotation).to(device).mT.contiguous()
         self.mean = (torch.zeros(value.heads, value.dim) if value.mean is None else value.mean).to(device).contiguous()

@@ -1,4 +1,4 @@
-"""Triton: decode attention over pages of scalar codes, all heads in one launch, split over tokens; then the merge.
+"""Triton: decode attention over pages of scalar codes, all heads in one launch, split over tokens.
 
 A program is one warp with ROWS rows of 8 tokens: row r of a word tile is tokens 8 r + j for j = 0..7 (`kernels.pages`). Keys are the left
 operand of the scores S_j = K_j q^T [ROWS, G], q rotated once before; values are the left operand of O^T += V_j^T P_j, in rotated space.
@@ -9,8 +9,9 @@ sides, width, first word, channels, first level, segments of the head, 8 words o
 import triton
 import triton.language as tl
 
+from kernels import affine_triton
 from kernels.nibbles_triton import high_nibbles, lane, lanes, levels, nibbles, table, wide_levels
-from kernels.sides_triton import inverse, packed, sides, unpacked
+from kernels.sides_triton import packed, sides, unpacked
 
 
 @triton.jit
@@ -22,11 +23,13 @@ def _dots(y, q, s):
 
 
 @triton.jit
-def _narrow(base, first, n, words, half, full, turn, slot, q, s, scale, least, WIDTH: tl.constexpr, ASM: tl.constexpr, CHANNELS: tl.constexpr):
+def _narrow(base, first, n, words, half, full, turn, slot, q, s, scale, least, WIDTH: tl.constexpr, ASM: tl.constexpr, CHANNELS: tl.constexpr, INTEGER: tl.constexpr):
     word = nibbles(base + first, half * n + full, full, turn, slot, n, min(WIDTH, 4), ASM)
     if WIDTH > 4:
         high = high_nibbles(base + first, half * n + full, full, turn, slot, n, WIDTH)
         y = wide_levels(word, high, words[0], words[1], WIDTH, ASM)
+    elif INTEGER:
+        y = affine_triton.levels(word, words, ASM)
     else:
         y = levels(word, words, WIDTH, ASM)
     if CHANNELS:
@@ -57,43 +60,52 @@ def _gathered(base, half, full, turn, slot, n, books, width, ASM: tl.constexpr):
 @triton.jit
 def _segment(
     base, begin, end, first, n, words, half, full, turn, slot, q_at, s, scale, least,
-    WIDTH: tl.constexpr, G: tl.constexpr, AHEAD: tl.constexpr, ASM: tl.constexpr, CHANNELS: tl.constexpr,
+    WIDTH: tl.constexpr, G: tl.constexpr, AHEAD: tl.constexpr, ASM: tl.constexpr, CHANNELS: tl.constexpr, UNROLL: tl.constexpr = 1, INTEGER: tl.constexpr = False,
 ):  # fmt: skip
     """Add the scores of one segment of WIDTH bits; its tiles are read AHEAD at a time. A loop, not unrolled: code must fit its cache."""
-    for t in tl.range(begin, end, num_stages=AHEAD):
-        s = _narrow(base, first + (t - begin) * 16, n, words, half, full, turn, slot, tl.load(q_at + t * 16 * G), s, scale, least, WIDTH, ASM, CHANNELS)
+    for t in tl.range(begin, end, num_stages=AHEAD, loop_unroll_factor=UNROLL):
+        s = _narrow(base, first + (t - begin) * 16, n, words, half, full, turn, slot, tl.load(q_at + t * 16 * G), s, scale, least, WIDTH, ASM, CHANNELS, INTEGER)
     return s
 
 
 @triton.jit
+def _weighed(total, s, gain):
+    """total + s * gain per token, eight of each."""
+    y = ()
+    for j in tl.static_range(8):
+        y = y + (total[j] + s[j] * gain[j][:, None],)
+    return y
+
+
+@triton.jit
 def _scores(
-    base, at, half, full, turn, slot, query, books, zero, s, scale, least,
-    WIDTH: tl.constexpr, TILES: tl.constexpr, G: tl.constexpr, ALIGN: tl.constexpr, AHEAD: tl.constexpr, ASM: tl.constexpr, CHANNELS: tl.constexpr,
+    base, at, half, full, turn, slot, q_at, books, zero, s,
+    WIDEST: tl.constexpr, G: tl.constexpr, ALIGN: tl.constexpr, AHEAD: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """s + scores of the segment at `at`, without its gain: WIDTH > 0 is the one segment of every head, 0 reads the width from the table."""
-    q_at = query + tl.arange(0, 16)[:, None] * G + tl.arange(0, G)[None, :]
+    """s + scores of a segment of at most WIDEST bits, without its gain."""
     words = table(at + 8, zero)
-    if WIDTH > 0:
-        return _segment(base, 0, TILES, 0, TILES * 16, words, half, full, turn, slot, q_at, s, scale, least, WIDTH, G, AHEAD, ASM, CHANNELS)
     begin, end, width = tl.load(at), tl.load(at + 1), tl.load(at + 3)
     first, n = tl.multiple_of(tl.load(at + 4), ALIGN), tl.multiple_of(tl.load(at + 5), ALIGN)
     book = books + tl.load(at + 6)
     if width == 3:
-        s = _segment(base, begin, end, first, n, words, half, full, turn, slot, q_at, s, scale, least, 3, G, AHEAD, ASM, False)
+        s = _segment(base, begin, end, first, n, words, half, full, turn, slot, q_at, s, base, base, 3, G, AHEAD, ASM, False)
     elif width == 2:
-        s = _segment(base, begin, end, first, n, words, half, full, turn, slot, q_at, s, scale, least, 2, G, AHEAD, ASM, False)
+        s = _segment(base, begin, end, first, n, words, half, full, turn, slot, q_at, s, base, base, 2, G, AHEAD, ASM, False)
     elif width == 4:
-        s = _segment(base, begin, end, first, n, words, half, full, turn, slot, q_at, s, scale, least, 4, G, AHEAD, ASM, False)
+        s = _segment(base, begin, end, first, n, words, half, full, turn, slot, q_at, s, base, base, 4, G, AHEAD, ASM, False)
     elif width == 1:
-        s = _segment(base, begin, end, first, n, words, half, full, turn, slot, q_at, s, scale, least, 1, G, AHEAD, ASM, False)
-    elif width == 5:
-        s = _segment(base, begin, end, first, n, (lanes(book, 5, ASM), book), half, full, turn, slot, q_at, s, scale, least, 5, G, AHEAD, ASM, False)
-    elif width == 6:
-        s = _segment(base, begin, end, first, n, (lanes(book, 6, ASM), book), half, full, turn, slot, q_at, s, scale, least, 6, G, AHEAD, ASM, False)
-    else:
-        for t in range(begin, end):
-            y = _gathered(base + first + (t - begin) * 16, half, full, turn, slot, n, book, width, ASM)
-            s = _dots(y, tl.load(q_at + t * 16 * G), s)
+        s = _segment(base, begin, end, first, n, words, half, full, turn, slot, q_at, s, base, base, 1, G, AHEAD, ASM, False)
+    elif WIDEST == 5:
+        s = _segment(base, begin, end, first, n, (lanes(book, 5, ASM), book), half, full, turn, slot, q_at, s, base, base, 5, G, AHEAD, ASM, False)
+    elif WIDEST > 5:
+        if width == 5:
+            s = _segment(base, begin, end, first, n, (lanes(book, 5, ASM), book), half, full, turn, slot, q_at, s, base, base, 5, G, AHEAD, ASM, False)
+        elif width == 6:
+            s = _segment(base, begin, end, first, n, (lanes(book, 6, ASM), book), half, full, turn, slot, q_at, s, base, base, 6, G, AHEAD, ASM, False)
+        elif WIDEST > 6:
+            for t in range(begin, end):
+                y = _gathered(base + first + (t - begin) * 16, half, full, turn, slot, n, book, width, ASM)
+                s = _dots(y, tl.load(q_at + t * 16 * G), s)
     return s
 
 
@@ -105,12 +117,14 @@ def decode_split(
     KEY_PAGE: tl.constexpr, VALUE_PAGE: tl.constexpr, VTILE: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, KEY_LOG8: tl.constexpr,
     VALUE_LOG8: tl.constexpr, KEY_OFFSET: tl.constexpr, VALUE_OFFSET: tl.constexpr, KEY_BARE: tl.constexpr,
     VALUE_BARE: tl.constexpr, ALIGN: tl.constexpr, AHEAD: tl.constexpr, ASM: tl.constexpr, CHANNELS: tl.constexpr, PARTS: tl.constexpr, TABLE: tl.constexpr,
-    UNROLL: tl.constexpr,
+    UNROLL: tl.constexpr, VALUE_AHEAD: tl.constexpr, KEY_UNROLL: tl.constexpr, WIDEST: tl.constexpr, KEY_INTEGER: tl.constexpr, VALUE_INTEGER: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """out [B, H, splits, G, DIM], stat [B, H, splits, 2, G] float32: unnormalized outputs, maxima (base 2) and masses.
 
     A split without visible tokens writes its maximum, -inf, and its mass, 0, only.
     """
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     split, head, batch = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     length, visible = tl.load(lengths + batch), tl.load(first_visible + batch)
     visible = tl.maximum(visible, length - window)
@@ -127,17 +141,21 @@ def decode_split(
     groups += head * GROUPS * 16
     first_row, count = tl.load(groups + 2), tl.load(groups + 7)
     SIDE: tl.constexpr = key_sides.dtype.element_ty.primitive_bitwidth
+    VALUE_SIDE: tl.constexpr = value_sides.dtype.element_ty.primitive_bitwidth
     zero = tl.load(shifts + lane(ASM)) >> 4
-    value_levels = table(value_table, zero)
+    value_levels = affine_triton.table(value_table, zero) if VALUE_INTEGER else table(value_table, zero)
     within = row % 4
     half, turn, slot = within // 2, tl.load(shifts + row), tl.load(shifts + ROWS + row)
+    if EARLY:  # all that is read above was there before the query was turned
+        tl.extra.cuda.gdc_wait()
     bias, query_sum = tl.load(aux), tl.load(aux + G)
     top, mass = tl.full([G], float("-inf"), tl.float32), tl.zeros([G], tl.float32)
     place = (batch * HEADS + head) * tl.num_programs(0) + split
     out += (place * G + group[None, :]) * DIM + chan[:, None]
+    last = (high - 1) // 32
     for start in range(low, high, 8 * ROWS):
         rows = start // 8 + row
-        page = tl.minimum(rows // 4, (high - 1) // 32)  # rows behind the last token read its page again, masked below
+        page = tl.minimum(rows // 4, last)  # rows behind the last token read its page again, masked below
         page = (tl.load(pages + batch * pages_stride + page) if TABLE else page).to(tl.int64)
         token = rows * 8
         key_full = (page * KEY_PAGE)[:, None] + col[None, :]
@@ -145,27 +163,31 @@ def decode_split(
         value_side = value_sides + (page * value_rows + head * PARTS) * 32 + within * 8
         scale = key_sides + (page * key_rows * 32 + head * DIM)[:, None] + col[None, :]
         none = tl.zeros([ROWS, G], tl.float32)
-        s = (none, none, none, none, none, none, none, none)
+        none = (none, none, none, none, none, none, none, none)
+        later = ()  # gains of values, used behind the exponentials
+        for part in tl.static_range(PARTS):
+            later = later + (packed(value_side + part * 32, VALUE_BARE),)
         gains = packed(key_side + first_row * 32, KEY_BARE)
-        for g in range(1 if KEY_WIDTH > 0 else count):
-            if KEY_WIDTH == 0:
-                following = packed(key_side + tl.load(groups + tl.minimum(g + 1, count - 1) * 16 + 2) * 32, KEY_BARE)
-            s = _scores(
-                key_words, groups + g * 16, half[:, None], key_full, turn[:, None], slot[:, None], query, books, zero, s, scale, scale + HEADS * DIM,
-                KEY_WIDTH, TILES, G, ALIGN, AHEAD, ASM, CHANNELS,
+        q_at = query + col[:, None] * G + group[None, :]
+        if KEY_WIDTH > 0:
+            words = affine_triton.table(groups + 8, zero) if KEY_INTEGER else table(groups + 8, zero)
+            t = _segment(
+                key_words, 0, TILES, 0, TILES * 16, words, half[:, None], key_full, turn[:, None], slot[:, None], q_at, none,
+                scale, scale + HEADS * DIM, KEY_WIDTH, G, AHEAD, ASM, CHANNELS, KEY_UNROLL, KEY_INTEGER,
             )  # fmt: skip
-            if KEY_WIDTH == 0:  # the sum so far in units of the next gain (never 0): one set of sums in registers, not two
-                n, gain, divisor = (), unpacked(gains, token, SIDE, KEY_LOG8, KEY_BARE), unpacked(following, token, SIDE, KEY_LOG8, KEY_BARE)
-                for j in tl.static_range(8):
-                    n = n + (s[j] * ((gain[j] + 1e-15) * inverse(divisor[j], ASM))[:, None],)
-                s, gains = n, following
-        t, gain = s, unpacked(gains, token, SIDE, KEY_LOG8, KEY_BARE)
+            t = _weighed(none, t, unpacked(gains, token, SIDE, KEY_LOG8, KEY_BARE))
+        else:
+            t = none
+            for g in range(count):  # gains are read one segment ahead; the rest is not: what is carried through a loop loses its layout
+                following = packed(key_side + tl.load(groups + tl.minimum(g + 1, count - 1) * 16 + 2) * 32, KEY_BARE)
+                s = _scores(key_words, groups + g * 16, half[:, None], key_full, turn[:, None], slot[:, None], q_at, books, zero, none, WIDEST, G, ALIGN, AHEAD, ASM)
+                t, gains = _weighed(t, s, unpacked(gains, token, SIDE, KEY_LOG8, KEY_BARE)), following
         if KEY_OFFSET:
             offset = sides(key_side + (key_offset_row + head) * 32, False)
         s = ()
         most = tl.full([ROWS, G], float("-inf"), tl.float32)
         for j in tl.static_range(8):
-            x = t[j] * (gain[j] + 1e-15)[:, None] + bias[None, :]
+            x = t[j] + bias[None, :]
             if KEY_OFFSET:
                 x += offset[j][:, None] * query_sum[None, :]
             x = tl.where(((token + j < high) & (token + j >= visible))[:, None], x, float("-inf"))
@@ -181,7 +203,7 @@ def decode_split(
         mass, top = mass * decay + tl.sum(sum, 0), peak
         full = (page * VALUE_PAGE)[None, :] + chan[:, None]
         for part in tl.static_range(PARTS):  # of the channels, each with gains of its own
-            gain = sides(value_side + part * 32, VALUE_LOG8, VALUE_BARE)
+            gain = unpacked(later[part], token, VALUE_SIDE, VALUE_LOG8, VALUE_BARE)
             if VALUE_OFFSET:
                 offset = sides(value_side + (value_offset_row + part) * 32, False)
             p, sum = (), tl.zeros([ROWS, G], tl.float32)
@@ -192,10 +214,10 @@ def decode_split(
             shift = tl.sum(sum, 0)[None, :]
             base = value_words + part * (DIM // PARTS) * (VALUE_WIDTH - 1)
             # A loop, its sums kept in `out`: unrolled, the code outgrows the instruction cache. A thread reads back what it wrote.
-            for d in tl.range(part * (DIM // VTILE) // PARTS, (part + 1) * (DIM // VTILE) // PARTS, num_stages=AHEAD, loop_unroll_factor=UNROLL):
+            for d in tl.range(part * (DIM // VTILE) // PARTS, (part + 1) * (DIM // VTILE) // PARTS, num_stages=VALUE_AHEAD, loop_unroll_factor=UNROLL):
                 if VALUE_WIDTH <= 4:
                     word = nibbles(base + d * VTILE, half[None, :] * (DIM // PARTS) + full, full, turn[None, :], slot[None, :], DIM // PARTS, VALUE_WIDTH, ASM)
-                    y = levels(word, value_levels, VALUE_WIDTH, ASM)
+                    y = affine_triton.levels(word, value_levels, ASM) if VALUE_INTEGER else levels(word, value_levels, VALUE_WIDTH, ASM)
                 else:
                     y = _gathered(base + d * VTILE, half[None, :], full, turn[None, :], slot[None, :], DIM // PARTS, value_books, VALUE_WIDTH, ASM)
                 sums = out + d * VTILE
@@ -206,56 +228,3 @@ def decode_split(
                 tl.store(sums, held * decay[None, :] + added)
     tl.store(stat + place * 2 * G + group, top)
     tl.store(stat + (place * 2 + 1) * G + group, mass)
-
-
-@triton.jit
-def rotate_query(
-    query, matrix, sums, out, aux, scale,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, DPAD: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """query [B, H GROUP, D] to stored positions [B, H, ROWS, G], scaled; aux [B, H, 2, G]: query times key mean, sum of the rotated query."""
-    place, block = tl.program_id(0), tl.program_id(1)
-    head, group = place // G % HEADS, place % G
-    batch = place // (G * HEADS)
-    d, row = tl.arange(0, DPAD), block * TILE + tl.arange(0, TILE)
-    at = (batch * HEADS + head) * GROUP + group
-    q = tl.load(query + at * DIM + d, mask=d < tl.where(group < GROUP, DIM, 0), other=0).to(tl.float32) * scale
-    r = tl.load(matrix + (head * ROWS + row)[:, None] * DIM + d[None, :], mask=(row < ROWS)[:, None] & (d < DIM)[None, :], other=0)
-    turned = tl.sum(r * q[None, :], 1)
-    tl.store(out + ((batch * HEADS + head) * ROWS + row) * G + group, turned.to(out.dtype.element_ty), mask=row < ROWS)
-    if block == 0:
-        for i in tl.static_range(2):
-            tl.store(aux + ((batch * HEADS + head) * 2 + i) * G + group, tl.sum(tl.load(sums + (head * 2 + i) * DIM + d, mask=d < DIM, other=0) * q, 0))
-
-
-@triton.jit
-def merge_splits(out, stat, merged, lse, splits, G: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, TILE: tl.constexpr, ALL: tl.constexpr, STEP: tl.constexpr):
-    """Weighted mean of the splits' outputs: merged [B, H GROUP, DIM] in stored positions; lse [B, H GROUP], natural logarithm."""
-    place, g = tl.program_id(0).to(tl.int64) // GROUP, tl.program_id(0) % GROUP
-    chan, part, every = tl.program_id(1) * TILE + tl.arange(0, TILE), tl.arange(0, STEP), tl.arange(0, ALL)
-    stat += place * splits * 2 * G + g
-    out += (place * splits * G + g) * DIM
-    tops = tl.load(stat + every * 2 * G, mask=every < splits, other=float("-inf"))
-    peak = tl.max(tops, 0)
-    anchor = tl.where(peak == float("-inf"), 0.0, peak)
-    mass = tl.sum(tl.exp2(tops - anchor) * tl.load(stat + every * 2 * G + G, mask=every < splits, other=0), 0)
-    total = tl.zeros([TILE], tl.float32)
-    for first in range(0, splits, STEP):
-        split = first + part
-        weight = tl.exp2(tl.load(stat + split * 2 * G, mask=split < splits, other=float("-inf")) - anchor)  # 0: nothing was written
-        x = tl.load(out + split[:, None] * (G * DIM) + chan[None, :], mask=(weight > 0)[:, None] & (chan < DIM)[None, :], other=0)
-        total += tl.sum(x * weight[:, None], 0)
-    tl.store(merged + tl.program_id(0).to(tl.int64) * DIM + chan, total / tl.where(mass == 0, 1.0, mass), mask=chan < DIM)
-    if tl.program_id(1) == 0:
-        tl.store(lse + tl.program_id(0), tl.where(mass == 0, float("-inf"), (anchor + tl.log2(mass)) * 0.6931471805599453))
-
-
-@triton.jit
-def unrotate(merged, matrix, mean, output, head_stride, HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DPAD: tl.constexpr, TILE: tl.constexpr):
-    """output [B, H GROUP, D] = merged @ rotation + mean; matrix [H or 1, D, D] transposed (row: channel), mean [H, D]."""
-    place, block = tl.program_id(0), tl.program_id(1)
-    head = place // GROUP % HEADS
-    c, d = tl.arange(0, DPAD), block * TILE + tl.arange(0, TILE)
-    x = tl.load(merged + place * DIM + c, mask=c < DIM, other=0)
-    r = tl.load(matrix + head * head_stride + d[:, None] * DIM + c[None, :], mask=(c < DIM)[None, :] & (d < DIM)[:, None], other=0)
-    tl.store(output + place * DIM + d, tl.sum(r * x[None, :], 1) + tl.load(mean + head * DIM + d, mask=d < DIM, other=0), mask=d < DIM)

@@ -137,3 +137,9 @@ def _lloyd_max(
 
 def _ordered(c: Tensor, upper: float) -> bool:
     return bool(c[0] > 0 and c[-1] < upper and (c[1:] > c[:-1]).all())
+
+
+def consecutive(levels: Tensor) -> bool:
+    """Whether levels [n] are start, start + 1, ..., all of them integers of at most 1024 in size: what `kernels.affine_triton.levels` gives exactly."""
+    start = levels[:1].double()
+    return bool((levels.double() == start + torch.arange(len(levels), device=levels.device)).all() and (start == start.round()).all() and (levels.abs() <= 1024).all())

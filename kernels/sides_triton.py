@@ -37,12 +37,3 @@ def unpacked(words, token, SIZE: tl.constexpr, LOG8: tl.constexpr, BARE: tl.cons
 def sides(at, LOG8: tl.constexpr, BARE: tl.constexpr = False):
     """The eight gains or offsets at `at`, read and in float32."""
     return unpacked(packed(at, BARE), at, at.dtype.element_ty.primitive_bitwidth, LOG8, BARE)
-
-
-@triton.jit
-def inverse(x, ASM: tl.constexpr):
-    """1 / (x + 1e-15): a gain may be 0, and what is divided by it is multiplied by it again."""
-    x += 1e-15
-    if ASM:
-        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
-    return 1.0 / x

@@ -24,8 +24,8 @@ def draw_widths(heads: int, blocks: int, bits: float, spread: float, generator: 
     return widths
 
 
-def spec(heads: int, dim: int, widths: list[list[int]] | int, *, rotated=True, centred=False, log8=False, offset=False, device="cpu") -> Spec:
-    """A specification with levels of N(0, 1); widths: one for all channels, or one per RoPE block, grouped and turned as Block-GTQ does."""
+def spec(heads: int, dim: int, widths: list[list[int]] | int, *, rotated=True, centred=False, log8=False, offset=False, integers=False, device="cpu") -> Spec:
+    """A specification with levels of N(0, 1), or 0, 1, ...; widths: one for all channels, or one per RoPE block, grouped and turned as Block-GTQ does."""
     segments, levels, books = [], [], {}
     for head in range(heads):
         row = [widths] * (dim // 2) if isinstance(widths, int) else widths[head]
@@ -33,7 +33,7 @@ def spec(heads: int, dim: int, widths: list[list[int]] | int, *, rotated=True, c
         for width in sorted(set(row)):
             if width not in books:
                 books[width] = sum(map(len, levels))
-                levels.append(gaussian_levels(width).float())
+                levels.append(torch.arange(2**width).float() if integers else gaussian_levels(width).float())
             size = 2 * row.count(width)
             segments.append(Segment(head, start, size, width, books[width]))
             start += size
@@ -42,7 +42,7 @@ def spec(heads: int, dim: int, widths: list[list[int]] | int, *, rotated=True, c
     mean = torch.linspace(-1, 1, heads * dim).view(heads, dim) if centred else None
     move = lambda x: None if x is None else x.to(device)  # noqa: E731
     numbers = tuple(segments), move(torch.cat(levels)), move(rotation), move(mean), None, None, torch.uint8 if log8 else torch.float16
-    return Spec(heads, dim, *numbers, log8, offset, gain=None if offset else "unit_norm")
+    return Spec(heads, dim, *numbers, log8, offset, gain=None if offset or integers else "unit_norm")
 
 
 def pages(spec: Spec, batch: int, tokens: int, generator: torch.Generator | None = None) -> Pages:

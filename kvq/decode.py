@@ -105,8 +105,8 @@ class PagedStep(StepLayer):
 
     def decode(self, query: Tensor, position_ids: Tensor | None, scale: float) -> Tensor:
         p = self.progress
-        output, _ = self.fused.launch(query[:, :, 0], *self.held, p.after, p.first, p.capacity, scale)
-        return output[:, None].to(query.dtype)
+        output, _ = self.fused.launch(query[:, :, 0], *self.held, p.after, p.first, p.capacity, scale, dtype=query.dtype)
+        return output[:, None]
 
 
 class Room:

@@ -8,6 +8,7 @@ import torch
 
 whole = pytest.importorskip("gsrq.bench", exc_type=ModuleNotFoundError)
 bench = pytest.importorskip("gsrq.bench_attention", exc_type=ModuleNotFoundError)
+from kernels import lookup_shares_triton  # noqa: E402  (needs triton too)
 
 
 class Box:
@@ -26,7 +27,7 @@ def small(monkeypatch):
     sizes = {"DEVICE": "cpu", "HEADS": 2, "QUERIES": 4, "DIM": 32, "LAYERS": 2, "HIDDEN": 16, "INNER": 24, "VOCABULARY": 40, "TOKENS": 130, "MEMORY": 5e5}
     for name, value in sizes.items():
         monkeypatch.setattr(bench, name, value)
-    monkeypatch.setattr(bench.lookup_bound_triton, "MULTIPROCESSORS", 3)
+    monkeypatch.setattr(lookup_shares_triton, "MULTIPROCESSORS", 3)
     monkeypatch.setattr(bench, "measure", lambda run, sets, **options: [run(i) for i in range(sets)] and (3.0, 2.0, 4.0))
     return Box()
 
@@ -42,12 +43,12 @@ def test_right_outputs_pass_and_wrong_ones_do_not(small, case, name, monkeypatch
 
 
 def test_rows_of_a_grid_and_of_steps(small, monkeypatch):
-    monkeypatch.setattr(bench, "verified", lambda box, cases=None: [(bench.Case(16, 2), "tiles")])
+    monkeypatch.setattr(bench, "verified", lambda box, cases=None, names=None: [(bench.Case(16, 2), "bound")])
     monkeypatch.setattr(bench, "BACKENDS", {"fp16": bench.SDPBackend.MATH})
-    monkeypatch.setattr(bench.KERNELS["tiles"], "attend", lambda query, *rest: (query.float(), None))
+    monkeypatch.setattr(bench.KERNELS["bound"], "attend", lambda query, *rest: (query.float(), None))
     bench.grid(small, [(2, 64)])
     bench.memory(small, tokens=64)
-    assert [row[1] for row in small.rows if row[3] == "time"] == ["fp16", "codes 1 bit d16 fp16 tables, tiles"] * 2
+    assert [row[1] for row in small.rows if row[3] == "time"] == ["fp16", "codes 1 bit d16 fp16 tables, bound"] * 2
     cache, batch = 2 * 2 * 2 * 64 * 32 * 2, int(5e5 // (2 * 2 * 2 * 64 * 32 * 2))
     assert small.rows[2][2] == f"q4 kv2 d32 b{batch} t64" and batch * cache <= 5e5
     tables = 2 * 2 * 4 * 2 * 256 * 16 * 2

@@ -25,7 +25,7 @@ def test_the_definition_in_spans_is_the_definition():
 
 
 def test_tuning_reaches_the_launches(monkeypatch):
-    for name in ("STAGES", "AHEAD", "VTILE", "UNROLL", "WARPS", "LIMIT"):
+    for name in ("STAGES", "AHEAD", "VALUE_AHEAD", "VTILE", "KEY_UNROLL", "UNROLL", "WARPS", "LIMIT"):
         monkeypatch.setattr(bench_paged.backend, name, getattr(bench_paged.backend, name))
-    bench_paged.apply({"STAGES": 1, "AHEAD": 3, "VTILE": 32, "UNROLL": 1, "WARPS": 12, "registers": 0})
+    bench_paged.apply({"STAGES": 1, "AHEAD": 3, "VALUE_AHEAD": 2, "VTILE": 32, "KEY_UNROLL": 1, "UNROLL": 1, "WARPS": 12, "registers": 0})
     assert (bench_paged.backend.AHEAD, bench_paged.backend.VTILE, bench_paged.backend.WARPS, bench_paged.backend.LIMIT) == (3, 32, 12, {})

@@ -6,11 +6,13 @@ import torch
 from kernels import lookup
 from kernels.attention import attend as dense
 
-triton_lookup = pytest.importorskip("kernels.lookup_triton", exc_type=ModuleNotFoundError)
+direct = pytest.importorskip("kernels.lookup_direct_triton", exc_type=ModuleNotFoundError)
 from kernels import lookup_bound_triton as bound  # noqa: E402  (needs triton too)
-from kernels.lookup_rows_triton import layout  # noqa: E402
+from kernels import lookup_rows_triton as rows  # noqa: E402
+from kernels import lookup_shares_triton as shares  # noqa: E402
+from kernels.lookup_rows_triton import layout, merge  # noqa: E402
 
-KERNELS = {"tiles": triton_lookup, "bound": bound}
+KERNELS = {"bound": bound, "direct": direct}
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = {  # batch, heads, queries per head, D, tokens, key piece and stages, value piece and stages, entries, then options of `problem`
@@ -23,6 +25,9 @@ CASES = {  # batch, heads, queries per head, D, tokens, key piece and stages, va
     "one token, head and query: counts of one are constants to the compiler": (1, 1, 1, 32, 1, 16, 2, 16, 2, 16, {}),
     "a sliding window: whole tiles hidden, each row its own": (3, 1, 2, 32, 200, 16, 2, 32, 2, 16, {"hidden": 70, "apart": 60}),
     "eight bits, narrow pieces": (1, 2, 2, 64, 90, 8, 4, 8, 4, 32, {"dtype": torch.float8_e4m3fn}),
+    "eight bits, all codes of a head in four words": (1, 3, 4, 32, 150, 8, 4, 32, 4, 256, {"dtype": torch.float8_e4m3fn, "hidden": 5}),
+    "eight bits, codes astride words": (1, 2, 2, 32, 140, 8, 3, 16, 3, 256, {"dtype": torch.float8_e4m3fn}),
+    "eight queries a head, two stages": (1, 1, 12, 32, 40, 8, 2, 16, 2, 256, {}),
     "one shared table, codes by heads, sizes, strided keys": (2, 2, 2, 32, 100, 16, 2, 8, 3, 16, {"strips": True, "shared": True, "sized": True, "strided": True}),
     "a table per piece, codes by heads, strided keys over sixteen tokens": (1, 2, 1, 64, 16, 16, 1, 16, 2, 16, {"strips": True, "strided": True}),
 }
@@ -88,12 +93,19 @@ def test_definition_of_strided_pieces_and_sizes():
     torch.testing.assert_close(lookup.rebuild(lookup.Coded(codes, keys.tables.cpu(), keys.sizes.cpu(), True), 2, 20)[1, head, token, channel], value)
 
 
-@pytest.fixture(params=["tiles, short shares", "tiles, long shares", "bound, tables fit", "bound, by pieces and stages", "bound, more tables than processors"])
+@pytest.fixture(
+    params=[
+        "bound, tables fit",
+        "bound, by pieces and stages",
+        "bound, more tables than processors",
+        "direct, tables fit",
+        "direct, by pieces and stages",
+    ]
+)
 def kernel(request, monkeypatch):
     name, _, how = request.param.partition(", ")
-    monkeypatch.setattr(triton_lookup, "SHARE", 64 if how == "short shares" else 512)
-    monkeypatch.setattr(bound, "MULTIPROCESSORS", 3 if how == "more tables than processors" else 7)
-    monkeypatch.setattr(bound, "CACHE", 2**30 if how == "tables fit" else 1024)
+    monkeypatch.setattr(shares, "MULTIPROCESSORS", 3 if how == "more tables than processors" else 7)
+    monkeypatch.setattr(shares, "CACHE", 2**30 if how == "tables fit" else 1024)
     return KERNELS[name]
 
 
@@ -106,12 +118,32 @@ def test_kernels_obey_the_definition(case, kernel):
         assert relative(a.cpu(), b) < 2e-3
 
 
+@pytest.mark.parametrize("piece, stages, words", [(32, 4, 16), (32, 3, 16), (128, 16, 4), (128, 6, 8), (8, 1, 0)])
+def test_a_token_asks_for_its_codes_once(piece, stages, words, monkeypatch):
+    tables = torch.zeros(8 * 128 // piece, stages, 256, piece).to(torch.float8_e4m3fn)
+    keys = lookup.Coded(torch.zeros(1, 1, 300, 8 * 128 // piece * stages, dtype=torch.uint8).mT, tables)
+    found = {}
+    for name in ("_values", "_turned", "_scores", "merge_shares"):  # launches that note their options
+        launch = type("Launch", (), {"__getitem__": lambda self, grid, name=name: lambda *_, **options: found.update({name: options})})()
+        monkeypatch.setattr(direct if hasattr(direct, name) else rows, name, launch)
+    direct.attend(torch.zeros(1, 32, 128).half(), keys, keys, 300, 1.0, torch.ones(64), torch.zeros(1, dtype=torch.int32))
+    assert found["_scores"]["WORDS"] == words
+
+
+def test_shares_are_merged_by_their_mass():
+    parts, sums = torch.randn(2, 70, 6, 64), 3 * torch.randn(70, 6)
+    sums[5], sums[:, 4] = float("-inf"), float("-inf")
+    out, lse = merge(parts.to(DEVICE), sums.to(DEVICE), torch.empty(2, 3, 64, device=DEVICE))
+    weights = sums[:, :, None].softmax(0).nan_to_num()
+    torch.testing.assert_close(out.cpu().view(6, 64), (weights * parts.sum(0)).sum(0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(lse.cpu().view(6), sums.logsumexp(0))
+
+
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("case", CASES)
 def test_float32_queries_keep_their_digits(case, name, monkeypatch):
-    monkeypatch.setattr(triton_lookup, "SHARE", 64)
-    monkeypatch.setattr(bound, "MULTIPROCESSORS", 7)
-    monkeypatch.setattr(bound, "CACHE", 1024)
+    monkeypatch.setattr(shares, "MULTIPROCESSORS", 7)
+    monkeypatch.setattr(shares, "CACHE", 1024)
     *shape, options = CASES[case]
     given = problem(*shape, **options)
     for a, b in zip(KERNELS[name].attend(*given), defined(*given), strict=True):
@@ -120,14 +152,14 @@ def test_float32_queries_keep_their_digits(case, name, monkeypatch):
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_far_positions_keep_their_angle(name, monkeypatch):
-    monkeypatch.setattr(bound, "MULTIPROCESSORS", 3)
+    monkeypatch.setattr(shares, "MULTIPROCESSORS", 3)
     given = problem(1, 1, 2, 64, 130, 32, 2, 64, 1, 16, start=131_000)
     assert relative(KERNELS[name].attend(*given)[0].cpu(), defined(*given)[0]) < 5e-3
 
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_a_row_without_visible_tokens_weighs_nothing(name, monkeypatch):
-    monkeypatch.setattr(bound, "MULTIPROCESSORS", 3)
+    monkeypatch.setattr(shares, "MULTIPROCESSORS", 3)
     query, keys, values, tokens, scale, *_ = problem(2, 1, 2, 32, 20, 16, 1, 32, 1, 4, rotary=False)
     output, lse = KERNELS[name].attend(query, keys, values, tokens, scale, None, None, torch.tensor([0, 20], device=DEVICE))
     assert lse[1].isneginf().all() and not output[1].any() and lse[0].isfinite().all()
@@ -144,6 +176,6 @@ def test_a_row_without_visible_tokens_weighs_nothing(name, monkeypatch):
 def test_shares_of_the_tables_fit_the_cache(piece, stages, dtype, share):
     keys = lookup.Coded(torch.zeros(1, 1, 8 * 128 // piece * stages, 1, dtype=torch.uint8), torch.zeros(8 * 128 // piece, stages, 256, piece).to(dtype))
     rows = layout(keys, 128, True)
-    found = bound.divide(rows, 128, dtype.itemsize, bound.CACHE)
+    found = shares.divide(rows, 128, dtype.itemsize)
     assert tuple(found) == share
-    assert found.depth * 256 * 128 // found.slices * dtype.itemsize <= bound.CACHE
+    assert found.depth * 256 * 128 // found.slices * dtype.itemsize <= shares.CACHE
