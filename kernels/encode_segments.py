@@ -7,7 +7,6 @@ from kernels import backend
 from kernels.encode_whole import TOKENS, book, matrices
 from kernels.pages import Pages, Spec
 
-REGISTERS, LIMIT = True, {"maxnreg": 168}  # tokens as an operand in registers; three programs per multiprocessor, where 249 registers allow two
 POSITIONS, WIDE = 32, 8  # of a tile, and of one whose codes have more than 4 bits
 
 
@@ -49,5 +48,5 @@ class Segments:
             *v.strides()[:2], v.strides()[3], v.sides.shape[-2], 0 if k.table is None else k.table.stride(0), self.rotation.stride(0),
             ks.heads, self.tiles.shape[1], self.groups.shape[1], dim, k.strides()[2], v.strides()[2], ks.log8, vs.log8,
             ks.gain == "least_squares", vs.gain == "least_squares", any(s.mean is not None for s in self.specs), k.table is not None, backend.ASM,
-            REGISTERS, num_warps=4, num_stages=1, **LIMIT,
+            num_warps=4, num_stages=1,
         )  # fmt: skip

@@ -42,7 +42,7 @@ def encode_segments(
     kb, kh, kt, vb, vh, vt, kwb, kwh, ksb, key_rows, vwb, vwh, vsb, value_rows, pages_stride, part,
     HEADS: tl.constexpr, TILES: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, KEY_PAGE: tl.constexpr, VALUE_PAGE: tl.constexpr,
     KEY_LOG8: tl.constexpr, VALUE_LOG8: tl.constexpr, KEY_SQUARES: tl.constexpr, VALUE_SQUARES: tl.constexpr,
-    CENTRED: tl.constexpr, TABLE: tl.constexpr, ASM: tl.constexpr, REGISTERS: tl.constexpr,
+    CENTRED: tl.constexpr, TABLE: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """keys, values [B, H, T, D] (strides kb.. vt, D contiguous): tokens starts[b] .. starts[b] + counts[b] - 1 of the cache."""
     head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
@@ -61,10 +61,8 @@ def encode_segments(
         token = base * 32 + 32 * (row // 16 % 4) + slot - start
         fresh = (token >= 0) & (token < count)
         x = tl.load(source + token.to(tl.int64)[:, None] * tl.where(is_value, vt, kt) + d[None, :], mask=fresh[:, None], other=0)
-        if not ASM:  # the interpreter multiplies no bfloat16
-            x = x.to(tl.float32)
-        elif REGISTERS:  # what is loaded and nothing else would be an operand in shared memory
-            x = tl.where(fresh[:, None], x, 0.0)
+        # The interpreter multiplies no bfloat16; and what is loaded and nothing else would be an operand in shared memory.
+        x = tl.where(fresh[:, None], x, 0.0) if ASM else x.to(tl.float32)
         weight = tl.where(fresh, 1 << (8 * (row // 64) + row // 8 % 2 * 2), 0)[:, None]
         of_page, page = base + row // 16 % 4, base + tl.arange(0, 4)
         inside = page < last

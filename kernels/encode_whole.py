@@ -7,8 +7,6 @@ from kernels import backend
 from kernels.pages import Pages, Spec
 
 TYPES = (torch.float16, torch.bfloat16)
-AHEAD = True  # ask for the next step's tokens while this one is coded
-HALVES = True  # eight warps of half a page each, not four of a page
 TOKENS = 128  # of a program's step
 _MIDDLE = 1e-6  # levels this symmetric about zero, relative to the largest, count as symmetric
 
@@ -53,20 +51,19 @@ class Whole:
 
     def __call__(self, held: list[Pages], xs: list[Tensor], starts: Tensor, counts: Tensor) -> None:
         """Code xs, [B, H, T, D] for each stream with D contiguous, into pages that have room. starts, counts [B] int32 on the device."""
-        from kernels import encode_halves_triton, encode_whole_triton
+        from kernels import encode_whole_triton as twin
 
         (k, v), (kx, vx), (ks, vs) = (held * 2)[:2], (xs * 2)[:2], (self.specs * 2)[:2]
         batch, _, tokens, dim = kx.shape
         heads = ks.heads * len(xs)
         steps = -(-tokens // TOKENS) + 1  # tokens that begin inside a page may end one step later
         splits = max(1, min(steps, backend.programs(kx.device) // backend.WARPS * 2 // (heads * batch)))
-        kernel, options = (encode_halves_triton.encode_halves, {"num_warps": 8, "maxnreg": 128}) if HALVES else (encode_whole_triton.encode_whole, {"num_warps": 4})
-        kernel[splits, heads, batch](
+        twin.encode_whole[splits, heads, batch](
             kx, vx, k.words, k.sides, v.words, v.sides, self.rotation, self.shift, self.rows, self.books,
             starts, counts, counts if k.table is None else k.table, *kx.stride()[:3], *vx.stride()[:3], *k.strides()[:2], k.strides()[3], k.sides.shape[-2],
             *v.strides()[:2], v.strides()[3], v.sides.shape[-2], 0 if k.table is None else k.table.stride(0), self.rotation.stride(0),
             ks.heads, dim, k.strides()[2], v.strides()[2], self.width, ks.log8, vs.log8, ks.gain == "least_squares", vs.gain == "least_squares",
-            self.centred, k.table is not None, backend.ASM, AHEAD, num_stages=1, **options,
+            self.centred, k.table is not None, backend.ASM, num_warps=4, num_stages=1,
         )  # fmt: skip
 
 

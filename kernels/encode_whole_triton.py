@@ -114,7 +114,7 @@ def encode_whole(
     kb, kh, kt, vb, vh, vt, kwb, kwh, ksb, key_rows, vwb, vwh, vsb, value_rows, pages_stride, part,
     HEADS: tl.constexpr, DIM: tl.constexpr, KEY_PAGE: tl.constexpr, VALUE_PAGE: tl.constexpr, WIDTH: tl.constexpr,
     KEY_LOG8: tl.constexpr, VALUE_LOG8: tl.constexpr, KEY_SQUARES: tl.constexpr, VALUE_SQUARES: tl.constexpr,
-    CENTRED: tl.constexpr, TABLE: tl.constexpr, ASM: tl.constexpr, AHEAD: tl.constexpr,
+    CENTRED: tl.constexpr, TABLE: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """keys, values [B, H, T, D] (strides kb.. vt, D contiguous): tokens starts[b] .. starts[b] + counts[b] - 1 of the cache."""
     head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
@@ -145,10 +145,10 @@ def encode_whole(
         fresh = (token >= 0) & (token < count)
         x = tl.load(source + token.to(tl.int64)[:, None] * stride + d[None, :], mask=fresh[:, None], other=0)
         if ASM:
-            if AHEAD:  # the next step's tokens on their way to L2
-                soon = tl.minimum(tl.maximum(token + 128 * tl.num_programs(0), 0), count - 1).to(tl.int64)
-                lines = source + soon[:, None] * stride + 64 * tl.arange(0, DIM // 64 if DIM > 64 else 1)[None, :]
-                tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [lines], dtype=tl.int32, is_pure=False, pack=1)
+            # The next step's tokens on their way to L2
+            soon = tl.minimum(tl.maximum(token + 128 * tl.num_programs(0), 0), count - 1).to(tl.int64)
+            lines = source + soon[:, None] * stride + 64 * tl.arange(0, DIM // 64 if DIM > 64 else 1)[None, :]
+            tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [lines], dtype=tl.int32, is_pure=False, pack=1)
             y = tl.dot(x, high, acc=tl.dot(x, low))
         else:
             y = tl.dot(x.to(tl.float32), high.to(tl.float32) + low.to(tl.float32), input_precision="ieee")

@@ -1,8 +1,8 @@
 """One query per sequence against residual codes: attention over keys and values that are sums of table rows.
 
 Keys may be coded before RoPE; they are then rotated to their positions, pair (i, i + D/2) by position * inv_freq[i]. This file defines;
-`kernels.lookup_direct_triton` obeys (rows go from the first-level cache straight into the products' operands) and leaves float32 queries and pieces
-narrower than four channels to `kernels.lookup_bound_triton` (tiles rebuilt on the way through shared memory), which obeys, too. How fast: NOTES.md.
+two kernels obey: long sequences go to `kernels.lookup_direct_triton` (rows go from the first-level cache straight into the products' operands), short ones,
+and what it does not take, to `kernels.lookup_bound_triton` (tiles rebuilt on the way through shared memory). How fast: NOTES.md.
 It costs scores, 4 bytes per token and query head, and for keys before RoPE queries, 2 D bytes per 128 tokens and query head, once for all layers.
 """
 
@@ -15,6 +15,7 @@ from kernels import rvq
 from kernels.attention import Part
 from kernels.attention import attend as dense
 
+LONG = 16384  # tokens from which the direct kernel is the faster one on an H200: at 8,192 it is 4 to 20 % slower, at 32,768 up to 28 % faster
 NARROWEST = 32  # channels of a head that the kernels read: half of them is the least a product takes; narrower heads are read as defined
 
 
@@ -53,9 +54,9 @@ def attend(query: Tensor, keys: Coded, values: Coded, tokens: int, scale: float,
     inv_freq [D/2] and base [B] (position of token 0, integers): given for keys coded before RoPE. first [B]: first visible token.
     """
     if query.is_cuda and query.shape[2] >= NARROWEST:
-        from kernels import lookup_direct_triton
+        from kernels import lookup_bound_triton, lookup_direct_triton
 
-        return lookup_direct_triton.attend(query, keys, values, tokens, scale, inv_freq, base, first)
+        return (lookup_direct_triton if tokens >= LONG else lookup_bound_triton).attend(query, keys, values, tokens, scale, inv_freq, base, first)
     heads = keys.tables.shape[0] * keys.tables.shape[3] // query.shape[2]
     key, value = (rebuild(coded, heads, tokens) for coded in (keys, values))
     if inv_freq is not None:

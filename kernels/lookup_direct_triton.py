@@ -217,10 +217,10 @@ def _chunk(rows, dim: int, lanes: int, width: int) -> int:
     return min(16 // width, dim // lanes, rows.W)
 
 
-def _words(coded, depth: int) -> int:
-    # As `words` takes them; 0 where codes of a token do not lie side by side in aligned rows
-    codes = coded.codes
-    if not packed(codes) or any(codes.stride(i) % 4 for i in (0, 1, 3)) or depth == 1:
+def _words(coded, rows, dim: int, depth: int) -> int:
+    # As `words` takes them; 0 where a head's codes of a token do not lie side by side from an aligned address on
+    codes, of_head = coded.codes, max(1, dim // rows.PIECE) * rows.R
+    if not packed(codes) or any(codes.stride(i) % 4 for i in (0, 1, 3)) or not rows.STRIPS and of_head % 4 or depth == 1:
         return 0
     return 4 if depth == 4 else 8
 
@@ -262,7 +262,7 @@ def attend(
         )
         scores = torch.empty(rows, room, device=query.device)
         lanes, splits, share, grid = spread(heads, batch, tokens, tile)
-        chunk, read = _chunk(key, dim // 2 // mine.slices, 4, keys.tables.element_size()), _words(keys, mine.depth)
+        chunk, read = _chunk(key, dim // 2 // mine.slices, 4, keys.tables.element_size()), _words(keys, key, dim, mine.depth)
         _scores[grid,](
             turned, keys.codes, keys.tables, keys.sizes, offsets, first, scores, tokens, room, tiles, share, lanes, splits, batch,
             *keys.codes.stride(), *strides(keys.sizes, 3), **key._asdict(), SLICES=mine.slices, DEPTH=mine.depth, GROUPS=mine.groups,
@@ -274,6 +274,6 @@ def attend(
     _values[grid,](
         scores, values.codes, values.tables, values.sizes, parts, sums, tokens, room, share, lanes, splits, batch,
         *values.codes.stride(), *strides(values.sizes, 3), **value._asdict(), SLICES=theirs.slices, DEPTH=theirs.depth, GROUPS=theirs.groups,
-        V=_chunk(value, dim // theirs.slices, 8, values.tables.element_size()), WORDS=_words(values, theirs.depth), **common,
+        V=_chunk(value, dim // theirs.slices, 8, values.tables.element_size()), WORDS=_words(values, value, dim, theirs.depth), **common,
     )  # fmt: skip
     return merge(parts, sums, torch.empty(batch, queries, dim, device=query.device))

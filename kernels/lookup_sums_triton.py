@@ -96,12 +96,8 @@ def _sums(
 
 def _word(codes: Tensor, count: int) -> int:
     # How many of a token's `count` codes are asked for at once
-    if not packed(codes):
-        return 1
-    aligned = not any(n % 16 for n in (*codes.stride()[:2], codes.stride(3), codes.data_ptr()))
-    if aligned and count % 16 == 0:
-        return 16
-    return 4 if count % 4 == 0 else 1
+    aligned = lambda n: packed(codes) and not any(x % n for x in (*codes.stride()[:2], codes.stride(3), codes.data_ptr(), count))  # noqa: E731
+    return next((n for n in (16, 4) if aligned(n)), 1)
 
 
 def scores(query: Tensor, keys, tokens: int, scale: float, room: int, first: Tensor | None) -> Tensor:
