@@ -62,7 +62,7 @@ def table(rows: pd.DataFrame) -> Table:
         "Where a prompt reads codes, rounding moves codes of later layers, so answers may differ although attention does not. "
         "So may long answers, whose own codes rounding moves. "
         "Scores in percent, losses in nats per token, means over examples. What is not listed has not been run on both routes. "
-        "Kernels on a GPU are those of 905041a; encoding and decode attention of scalar codes have been rewritten since and are held to the same definition by tests."
+        "Kernels on a GPU are those of 905041a; encoding of prompts and decode attention have been rewritten since and are held to the same definitions by tests."
     )
     for (dtype, device), part in rows.groupby(["dtype", "device"]):
         lines = [

@@ -11,16 +11,12 @@ def rows(results: Path = Path("results"), model: str = "standin") -> pd.DataFram
     return latency.both(results, "decode_attention", False, "encode") if model == "standin" else pd.DataFrame()
 
 
-AHEAD = (
-    "K3V3 and int4 at 128K tokens are of the kernels in the tree (`--prefetch 0` in their command); other shapes, K2V2 and whole steps are of a version that asked for "
-    "pages ahead, which took 3 to 12 % longer wherever both were timed."
-)
 speedups, whole = latency.speedups, latency.whole
 draw = latency_figure.draw
 
 
 def table(rows: pd.DataFrame):
-    made = latency.tabulate(rows, f"Decode attention of one layer. {AHEAD}", "blockgtq_deployment")
+    made = latency.tabulate(rows, "Decode attention of one layer.", "blockgtq_deployment")
     for name, title in (("T19", "latency, Table 19"), ("T20", "memory, Table 20")):
         paper = reported.table("blockgtq", name).pivot_table(index=["context", "method"], columns="metric", values="value", sort=False).reset_index()
         made.add(f"Reported ({title}, one H800, whole model)", paper)
