@@ -48,7 +48,7 @@ def draw(rows: pd.DataFrame):
     figure, grid = plt.subplots(1 + bool(models), across, figsize=(style.PAGE, 4.6 if models else 2.4), squeeze=False)
     for axis, (heads, kv) in zip(grid[0], shapes):
         _times(axis, part[(part["heads"] == heads) & (part["kv"] == kv)], named=(heads, kv) == shapes[-1])
-        axis.set_title(f"{heads:g}/{kv:g} heads" + (", codes with 8-bit codebooks" if part["provider"].str.contains("fp8 tables").any() else ""))
+        axis.set_title(f"{heads:g}/{kv:g} heads" + (", 8-bit codebooks" if part["provider"].str.contains("fp8 tables").any() else ""))
     grid[0][0].set_ylabel("attention of one layer (\u00b5s)")
     _speeds(grid[0][len(shapes)], part[(part["heads"] == shapes[-1][0]) & (part["kv"] == shapes[-1][1])])
     grid[0][len(shapes)].set_title("{:g}/{:g} heads".format(*shapes[-1]))
@@ -98,7 +98,7 @@ def _speeds(axis, part: pd.DataFrame) -> None:
 
 def _unity(axis) -> None:
     axis.axhline(1, color=style.color("fp16"), linewidth=0.8)
-    axis.set_ylim(bottom=0)
+    axis.set_ylim(0, 1.05 * max(1, axis.dataLim.y1))
     _tokens(axis)
 
 
@@ -109,7 +109,9 @@ def _bars(axis, texts: list[str], values, sequences, colours: list[str]) -> None
         value, count = list(values)[i], list(sequences)[i]
         axis.barh(-place, value, color=colours[i], height=0.35)
         axis.annotate(f"{texts[i]}: {count:.0f} sequences", (0, -place), xytext=(1, 9), textcoords="offset points", fontsize=6.5, va="bottom")
-        axis.annotate(f"{value:.0f}", (0, -place), xytext=(3, 0), textcoords="offset points", fontsize=6.5, va="center", color="white")
+        inside = value > max(values) / 5  # a short bar has its number behind it
+        at, colour = (0, "white") if inside else (value, "black")
+        axis.annotate(f"{value:.0f}", (at, -place), xytext=(3, 0), textcoords="offset points", fontsize=6.5, va="center", color=colour)
     axis.set_yticks([])
     axis.set_ylim(-len(order) + 0.5, 0.75)
     axis.grid(False, axis="y")
