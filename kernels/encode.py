@@ -139,8 +139,7 @@ class Encoder:
         kernel, grid, warps = (twin.encode_token, (heads, batch), 8) if tokens == 1 else (twin.encode_pages, (pages, heads, batch), 4 if x.dtype == torch.float32 else 1)
         kernel[grid](
             kx, vx, k.words, k.sides, v.words, v.sides, table.matrix, table.shift, table.mean, table.tiles, table.groups, table.places, table.heap,
-            starts, counts, counts if k.table is None else k.table, *kx.stride()[:3], *vx.stride()[:3], *k.strides()[:2], k.strides()[3], k.sides.shape[-2],
-            *v.strides()[:2], v.strides()[3], v.sides.shape[-2], 0 if k.table is None else k.table.stride(0), table.matrix.stride(0),
+            starts, counts, *encode_whole.addresses(k, v, kx, vx, counts), table.matrix.stride(0),
             spec.heads, table.tiles.shape[1], groups, dim, k.strides()[2], v.strides()[2], ks.log8, vs.log8,
             ks.gain == "least_squares", vs.gain == "least_squares",
             table.matrix.shape[0], SCALES[x.dtype], table.widest, k.table is not None, 1 << (groups - 1).bit_length(), backend.ASM, num_warps=warps, num_stages=1,

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from kernels import backend
-from kernels.encode_whole import TOKENS, book, matrices
+from kernels.encode_whole import TOKENS, addresses, book, matrices
 from kernels.pages import Pages, Spec
 
 POSITIONS, WIDE = 32, 8  # of a tile, and of one whose codes have more than 4 bits
@@ -44,8 +44,7 @@ class Segments:
         steps = -(-tokens // TOKENS) + 1  # tokens that begin inside a page may end one step later
         twin.encode_segments[steps, ks.heads * len(xs), batch](
             kx, vx, k.words, k.sides, v.words, v.sides, self.rotation, self.shift, self.tiles, self.groups, self.heap,
-            starts, counts, counts if k.table is None else k.table, *kx.stride()[:3], *vx.stride()[:3], *k.strides()[:2], k.strides()[3], k.sides.shape[-2],
-            *v.strides()[:2], v.strides()[3], v.sides.shape[-2], 0 if k.table is None else k.table.stride(0), self.rotation.stride(0),
+            starts, counts, *addresses(k, v, kx, vx, counts), self.rotation.stride(0),
             ks.heads, self.tiles.shape[1], self.groups.shape[1], dim, k.strides()[2], v.strides()[2], ks.log8, vs.log8,
             ks.gain == "least_squares", vs.gain == "least_squares", any(s.mean is not None for s in self.specs), k.table is not None, backend.ASM,
             num_warps=4, num_stages=1,

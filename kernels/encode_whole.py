@@ -37,6 +37,13 @@ def matrices(specs: tuple[Spec, ...], dtype: torch.dtype, device: torch.device) 
     return torch.stack([high, (rotation - high.double()).to(dtype)]), (rotation @ mean.unsqueeze(-1)).squeeze(-1).float()
 
 
+def addresses(key: Pages, value: Pages, keys: Tensor, values: Tensor, any_tensor: Tensor) -> tuple:
+    """What every encoding kernel is told of where tokens lie and where their codes go: the table of pages (or any tensor), then strides."""
+    pages = [stride for held in (key, value) for stride in (*held.strides()[:2], held.strides()[3], held.sides.shape[-2])]
+    table = (any_tensor, 0) if key.table is None else (key.table, key.table.stride(0))
+    return table[0], *keys.stride()[:3], *values.stride()[:3], *pages, table[1]
+
+
 class Whole:
     """The tables of one or two streams for tokens of a type, and the launch."""
 
@@ -60,8 +67,7 @@ class Whole:
         splits = max(1, min(steps, backend.programs(kx.device) // backend.WARPS * 2 // (heads * batch)))
         twin.encode_whole[splits, heads, batch](
             kx, vx, k.words, k.sides, v.words, v.sides, self.rotation, self.shift, self.rows, self.books,
-            starts, counts, counts if k.table is None else k.table, *kx.stride()[:3], *vx.stride()[:3], *k.strides()[:2], k.strides()[3], k.sides.shape[-2],
-            *v.strides()[:2], v.strides()[3], v.sides.shape[-2], 0 if k.table is None else k.table.stride(0), self.rotation.stride(0),
+            starts, counts, *addresses(k, v, kx, vx, counts), self.rotation.stride(0),
             ks.heads, dim, k.strides()[2], v.strides()[2], self.width, ks.log8, vs.log8, ks.gain == "least_squares", vs.gain == "least_squares",
             self.centred, k.table is not None, backend.ASM, num_warps=4, num_stages=1,
         )  # fmt: skip
