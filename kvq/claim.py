@@ -16,6 +16,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from kvq import folder
 from kvq.errors import Refusal
 
 BEAT, STALE = 20.0, 180.0
@@ -29,7 +30,7 @@ class Busy(Exception):
 
 @dataclass
 class Claim:
-    """`with Claim(folder, run): ...` for as long as the run is computed. Raises Busy at once, or waits with `wait=True`."""
+    """`with Claim(folder, run): ...` for as long as the run is computed. Raises Busy at once, or waits with `wait=True`; Refusal if the folder cannot be written."""
 
     folder: Path
     run: str
@@ -40,7 +41,7 @@ class Claim:
         self._file, self._lock = self.folder / f"{self.run}.claim", FileLock(self.folder / f"{self.run}.lock")
 
     def __enter__(self) -> "Claim":
-        self.folder.mkdir(parents=True, exist_ok=True)
+        folder.make(self.folder)
         said = False
         while True:
             try:

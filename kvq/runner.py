@@ -104,7 +104,7 @@ def _again(cell: Cell) -> pd.DataFrame:
     frame = results.read(cell.path)
     if set(frame.run) != {cell.run}:
         raise Refusal(f"{cell.path} holds rows of run {frame.run.iloc[0]}; delete it and run the cell again.")
-    with suppress(Busy), _claim(cell, wait=False):  # whoever repeats the run with force=true keeps what it has
+    with suppress(Busy, Refusal), _claim(cell, wait=False):  # whoever repeats the run with force=true keeps what it has; a folder may be read-only
         _forget(cell)  # left by a kill between the last two steps
     first = frame.iloc[0]
     report.say(f"run {cell.run} is finished ({first.date[:10]} on {first.device}, rows in {cell.path.parent.parent}); force=true repeats it")

@@ -16,6 +16,7 @@ from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from kvq import folder as writing
 from kvq.errors import Refusal
 from kvq.models import ROOT
 from kvq.quantizer import set_buffers
@@ -188,7 +189,7 @@ def fetch(make_pairs: Callable[[], list[tuple]], fit: Callable[[], list[tuple]],
         return pairs
     if not may_fit:
         raise Refusal(_nearest(recipe, folder))
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    writing.make(Path(folder))
     lock = path_of(recipe, folder).with_suffix(".lock")
     with FileLock(lock):
         pairs = make_pairs()

@@ -13,6 +13,7 @@ import os
 import traceback
 from pathlib import Path
 
+from kvq import folder as writing
 from kvq.claim import HOST
 from kvq.results import replace
 
@@ -50,7 +51,7 @@ class Note:
     def write(self, state: str, **more) -> None:
         place = {"gpu": os.environ.get("CUDA_VISIBLE_DEVICES"), "threads": os.environ.get("OMP_NUM_THREADS")}
         self.state.update(state=state, ended=None if state == "running" else now(), **place, **more)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        writing.make(self.path.parent)
         write(self.path, self.state)
 
     def failed(self, reason: str, error: BaseException) -> None:

@@ -52,6 +52,7 @@ REFUSED = {
     "unknown quantizer": (["quant=int5"], "no quant=int5; choose one of: .*int4.*Did you mean int"),
     "unknown task": (["task=perplexty"], "no task=perplexty.*Did you mean perplexity"),
     "unknown model": (["model=tinny"], "no model=tinny.*Did you mean tiny"),
+    "unknown experiment": (["experiment=paretto"], "no experiment=paretto.*Did you mean pareto"),
     "mistyped key": (["task.limt=2"], "no setting 'task.limt'; valid here: .*limit.*Did you mean limit"),
     "mistyped top key": (["bist=2"], "no setting 'bist'.*Did you mean bits"),
     "mistyped quantizer key": (["quant=gsrq", "quant.key.bem=2"], "quant.key.bem.*Did you mean beam"),
@@ -87,6 +88,16 @@ def test_a_user_error_is_one_sentence_and_writes_nothing(command, tmp_path, argu
     assert code == 2 and len(lines) == 1 and "Traceback" not in err + out and "Error executing" not in err, err
     assert re.search(match, lines[0], re.S), lines[0]
     assert not [n for n in written(tmp_path) if n.endswith((".parquet", ".log", ".yaml"))]
+
+
+@pytest.mark.parametrize("setting", ["results", "outputs", "calibrations"])
+def test_a_folder_that_cannot_be_written_is_named_before_any_work(command, tmp_path, setting, monkeypatch):
+    from kvq import calibrate
+
+    monkeypatch.setattr(calibrate, "fit", lambda *_, **__: pytest.fail("calibrated first"))
+    (tmp_path / "taken").write_text("a file")
+    code, out, err = command("quant=int4", f"{setting}={tmp_path}/taken/here")
+    assert code == 2 and f"{tmp_path}/taken/here" in err and "cannot be written" in err and "Traceback" not in err + out
 
 
 @pytest.fixture
