@@ -69,7 +69,8 @@ def draw(rows: pd.DataFrame):
 
 
 def table(rows: pd.DataFrame) -> Table:
-    wide = rows.assign(value=rows["value"].round(4)).pivot_table(index=["bits", "panel", "what"], columns="beam", values="value").reset_index()
+    named = rows.assign(value=rows["value"].round(4), panel=rows["panel"].replace({"seconds": "time"}))
+    wide = named.pivot_table(index=["bits", "panel", "what"], columns="beam", values="value").reset_index()
     wide.columns = [str(c) for c in wide.columns]
     return Table(
         "GSKM encoded with a beam: held-out squared error in percent of greedy's, loss against greedy in nats, "

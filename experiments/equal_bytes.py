@@ -58,4 +58,7 @@ def ratios(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def table(rows: pd.DataFrame) -> Table:
-    return Table("Error at equal stored bytes, as a ratio to TQ-MSE's (log-linear between its budgets); below 1 is better than uniform bits.").add("", ratios(rows).round(3))
+    return Table(
+        "Error of coded keys (values stay exact) and, as a ratio, that over TQ-MSE's at the same stored bits of keys "
+        "(log-linear between its budgets); below 1 is better than uniform bits."
+    ).add("", ratios(rows).round(3))

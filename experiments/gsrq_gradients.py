@@ -41,7 +41,7 @@ def draw(rows: pd.DataFrame):
 
 def table(rows: pd.DataFrame) -> Table:
     wide = (
-        rows[rows["metric"].isin(["error_none", "error_raw", "error_log"])]
+        rows[rows["metric"].isin(["error_none", "error_raw", "error_log"]) & (rows["quant"] != "fp16")]
         .assign(value=rows["value"].round(4))
         .pivot_table(index=["quant", "bits", "subset"], columns="metric", values="value")
         .reset_index()
@@ -52,7 +52,7 @@ def table(rows: pd.DataFrame) -> Table:
         .pivot_table(index="subset", columns="metric", values="value")
         .reset_index()
     )
-    return (Table("Gradient norms and log weights in units of their median; relative squared error of a codec under each weight.")
+    return (Table("Gradient norms (raw) and log weights in units of their median; relative squared error of codecs, weighted by each (error_none: not weighted).")
             .add("Largest over median, mean of layers", largest)
             .add("Reported (GSRQ Figure 3, Llama-3-8B)", reported.table("gsrq", "Fig3a", "Fig3b")[["tensor", "method", "value"]])
             .add("Relative error under each weight", wide))  # fmt: skip

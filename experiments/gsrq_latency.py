@@ -17,5 +17,5 @@ draw = latency_figure.draw
 
 def table(rows: pd.DataFrame):
     made = latency.tabulate(rows, "Decode attention of one layer.", "gsrq_latency")
-    paper = reported.table("gsrq", "T12", "T13")[["table", "metric", "method", "context", "value", "unit"]]
+    paper = reported.table("gsrq", "T12", "T13")[["table", "metric", "method", "context", "batch", "value", "unit"]]
     return made.add("Reported (GSRQ Tables 12 and 13, A100-80GB, whole model; the fp16 baseline appears to repeat KV heads)", paper)

@@ -110,7 +110,8 @@ def tabulate(rows: pd.DataFrame, caption: str, columns: list[tuple[str, str]], d
     """One line per method and budget: mean ± spread (seeds) per task and, since they depend on its length, the all-in bits of each task; fp16 first."""
     total = {task: "all-in" if len(columns) == 1 else f"all-in, {title}" for task, title in columns}
     first = {"method": "fp16", "bits K/V": "16/16", "stored": "16.000", **dict.fromkeys(total.values(), "16.00")}
-    lines = [{**first, **{title: f"{rows[rows['task'] == task]['fp16'].mean():.{digits}f}" for task, title in columns}}]
+    plain = {title: rows[rows["task"] == task]["fp16"].mean() for task, title in columns}
+    lines = [{**first, **{title: "" if mean != mean else f"{mean:.{digits}f}" for title, mean in plain.items()}}]
     for (quant, key, value), group in rows.groupby(["quant", "key_bits", "value_bits"]):
         line = {"method": style.label(quant), "bits K/V": f"{key:g}/{value:g}", "stored": f"{group['bits_stored'].mean():.3f}"}
         parts = {task: group[group["task"] == task] for task, _ in columns}

@@ -197,6 +197,8 @@ def test_a_table_of_several_tasks_gives_each_its_own_all_in_bits_and_seeds(folde
     assert (one["all-in, loss"], one["all-in, needles"], one["loss"], one["needles"]) == ("2.00", "102.00", "3.0 ± 0.1 (2)", "4.0 ± 0.1")
     assert "needles: GSRQ at 2." in table.caption
     assert "all-in" in scores.tabulate(rows, "Scores.", [("perplexity", "loss")]).parts[0][1].columns
+    none = scores.tabulate(rows, "Scores.", [("niah", "needles"), ("fewshot", "seven tasks")]).parts[0][1]
+    assert set(none["seven tasks"]) == {""}, "fp16 as well"
 
 
 def test_a_line_does_not_cross_a_missing_cell(folder):
