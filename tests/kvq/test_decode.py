@@ -57,6 +57,24 @@ def test_steps_equal_generate(kind, pads):
         decoder.step()
 
 
+@pytest.mark.parametrize("architecture", ["llama", "llama_yarn"])
+def test_appended_codes_are_those_of_the_codec(architecture):
+    """One launch writes what the cache of `generate` holds: same positions, same scaling, nothing beside the new tokens."""
+    ids, mask = pad_left(tokens(2, 31), [0, 6])
+    lm = bind(architecture, vector_codecs, memo=False, attention="fused")
+    expected = generate(lm, ids, mask, steps=4)
+    decoder = Decoder(lm.model, *prefilled(lm, ids, mask), steps=4)
+    for t in range(1, 4):
+        decoder.step()
+        decoder.ids.copy_(expected.tokens[:, t : t + 1])
+    for layer, right in zip(decoder.cache.layers, expected.cache.layers, strict=True):
+        for held, stream in zip(layer.held, right.streams, strict=True):
+            found, codes = held.buffers["codes"], stream.codes["codes"]
+            assert found.shape[2] == 35 and codes.shape[2] == 34
+            assert torch.equal(found[:, :, :31], codes[:, :, :31]) and not found[:, :, 34:].any()
+            assert (found[:, :, 31:34] == codes[:, :, 31:34]).float().mean() > 0.97
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_still_decoder_repeats_its_step(kind):
     ids, mask = pad_left(tokens(1, 33), [0])
