@@ -44,15 +44,18 @@ class Turn(NamedTuple):
 def append(held: Sequence[Tensor], tokens: Sequence[Tensor], books: Sequence[Book], at: Tensor, turn: Turn | None = None) -> None:
     """Write the codes of tokens [B, H, 1, D] (any float dtype), keys and values, into held [B, 1, N, M * R] uint8 at token `at` ([1] int64, on the device).
 
-    `turn`: keys come after RoPE and are coded before it. Reads nothing back to the host, so a graph can hold it. At most 256 entries, so that a code is a byte.
+    `turn`: keys come after RoPE and are coded before it. Reads nothing back to the host, so a graph can hold it. Raises ValueError for more than 256 entries.
     """
     if any(book.tables.shape[2] > ENTRIES for book in books):
         raise ValueError(f"A code is one byte: tables must have at most {ENTRIES} entries, not {[book.tables.shape[2] for book in books]}.")
-    if backend.use_triton(tokens[0]) and all(serves(book.tables) for book in books):
-        _launch(held, tokens, books, at, turn)
-        return
-    for codes, x, book in zip(held, tokens, books, strict=True):
-        x = x[:, :, 0].float() if turn is None or x is not tokens[0] else turn.back(x[:, :, 0])
+    write = _launch if backend.use_triton(tokens[0]) and all(serves(book.tables) for book in books) else define
+    write(held, tokens, books, at, turn)
+
+
+def define(held: Sequence[Tensor], tokens: Sequence[Tensor], books: Sequence[Book], at: Tensor, turn: Turn | None = None) -> None:
+    """What :func:`append` writes, in torch."""
+    plain = [x[:, :, 0].float() for x in tokens]
+    for codes, x, book in zip(held, plain if turn is None else (turn.back(plain[0]), plain[1]), books, strict=True):
         pieces = (x / book.unit).reshape(x.shape[0], -1, book.tables.shape[3])
         found = rvq.encode(pieces.transpose(0, 1), book.tables).transpose(0, 1)  # [B, M, R]
         codes.index_copy_(2, at, found.reshape(x.shape[0], 1, 1, -1).to(torch.uint8))
@@ -73,6 +76,7 @@ def _launch(held: Sequence[Tensor], tokens: Sequence[Tensor], books: Sequence[Bo
     for pair in ((0, 1),) if alike else ((0, 0), (1, 1)):  # what differs in shape takes a launch of its own
         (k, v), (kc, vc), (kx, vx) = ([of[i] for i in pair] for of in (books, held, tokens))
         pieces, stages, entries, width = k.tables.shape
+        rows = rows if width < PIECES[-1] else min(rows, 16)  # more would spill
         turned = turn is not None and pair[0] == 0
         cos, sin, gain = turn if turned else (at, at, 1.0)
         append_token[-(-batch // rows), pieces, len(set(pair))](

@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from kernels import append as appending
 from kernels import backend, rvq
-from kernels.append import Book, Turn, append
+from kernels.append import Book, Turn, append, define
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.skipif(not backend._installed(), reason="Triton is not installed here")
@@ -24,14 +23,6 @@ def problem(batch, heads, dim, piece, stages, table=torch.float16, dtype=torch.f
     angle = torch.cat([angle, angle], 1).float()
     turn = Turn((gain * angle.cos()).to(DEVICE), (gain * angle.sin()).to(DEVICE), gain)
     return held, both.split(heads, 1), books, torch.tensor([3], device=DEVICE), turn
-
-
-def defined(monkeypatch, held, *rest):
-    found = [codes.clone() for codes in held]
-    with monkeypatch.context() as patch:
-        patch.setattr(appending, "serves", lambda tables: False)
-        append(found, *rest)
-    return found
 
 
 def compare(held, expected, tokens, books, turn):
@@ -59,11 +50,11 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_bytes_are_those_of_the_definition(case, monkeypatch):
+def test_bytes_are_those_of_the_definition(case):
     held, *rest = problem(*CASES[case])
     for turn in (rest[-1], None):
-        expected = defined(monkeypatch, held, *rest[:-1], turn)
-        found = [codes.clone() for codes in held]
+        found, expected = ([codes.clone() for codes in held] for _ in range(2))
+        define(expected, *rest[:-1], turn)
         append(found, *rest[:-1], turn)
         compare(found, expected, *rest[:2], turn)
 
@@ -85,7 +76,7 @@ def test_it_is_one_launch_and_another_where_shapes_differ(monkeypatch):
 
 
 @pytest.mark.parametrize("width,dtype", [(24, torch.float16), (8, torch.float16), (32, torch.float32)])
-def test_what_the_kernel_does_not_take_is_coded_as_defined(width, dtype, monkeypatch):
+def test_what_the_kernel_does_not_take_is_coded_as_defined(width, dtype):
     held, tokens, books, at, turn = problem(2, 3, 32, 16, 2)
     books = [Book(torch.randn(96 // width, 2, 256, width).to(dtype).to(DEVICE), 2.0) for _ in books]
     held = [torch.full((2, 1, 6, 96 // width * 2), 170, dtype=torch.uint8, device=DEVICE) for _ in books]
