@@ -76,12 +76,12 @@ def _launch(held: Sequence[Tensor], tokens: Sequence[Tensor], books: Sequence[Bo
     for pair in ((0, 1),) if alike else ((0, 0), (1, 1)):  # what differs in shape takes a launch of its own
         (k, v), (kc, vc), (kx, vx) = ([of[i] for i in pair] for of in (books, held, tokens))
         pieces, stages, entries, width = k.tables.shape
-        rows = rows if width < PIECES[-1] else min(rows, 16)  # more would spill
+        rows = rows if width < PIECES[-1] else 8  # more would spill
         turned = turn is not None and pair[0] == 0
         cos, sin, gain = turn if turned else (at, at, 1.0)
         append_token[-(-batch // rows), pieces, len(set(pair))](
             kx, vx, k.tables.contiguous(), v.tables.contiguous(), rvq.bias_of(k.tables), rvq.bias_of(v.tables), kc, vc, cos, sin, at,
             batch, 1 / (k.unit * gain**2), 1 / v.unit, *kx.stride()[:2], *vx.stride()[:2], kc.stride(0), vc.stride(0), cos.stride(0),
             PIECES=pieces, STAGES=stages, K=entries, D=width, DIM=dim, BN=rows, STACK=rows < 16, TURN=turned,
-            DEPTH=DEPTHS.get(entries * width * k.tables.element_size(), DEPTH), num_warps=warps,
+            R=1 << (stages - 1).bit_length(), DEPTH=DEPTHS.get(entries * width * k.tables.element_size(), DEPTH), num_warps=warps,
         )  # fmt: skip

@@ -14,9 +14,9 @@ def append_token(
     keys, values, key_tables, value_tables, key_bias, value_bias, key_codes, value_codes, cos, sin, at, batch, key_unit, value_unit,
     kb, kh, vb, vh, kcb, vcb, tb,
     PIECES: tl.constexpr, STAGES: tl.constexpr, K: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr,
-    BN: tl.constexpr, STACK: tl.constexpr, TURN: tl.constexpr, DEPTH: tl.constexpr,
+    BN: tl.constexpr, STACK: tl.constexpr, TURN: tl.constexpr, R: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """Strides in elements: of keys and values by sequence and head, of codes by sequence, of cos and sin [B, >= DIM / 2] by sequence."""
+    """Strides in elements: of keys and values by sequence and head, of codes by sequence, of cos and sin [B, >= DIM / 2] by sequence. R: stages as a power of two."""
     piece, is_value = tl.program_id(1), tl.program_id(2) > 0
     ROWS: tl.constexpr = 2 * BN if STACK else BN
     r, d, k = tl.arange(0, ROWS), tl.arange(0, D), tl.arange(0, K)
@@ -38,15 +38,22 @@ def append_token(
     table = tl.where(is_value, value_tables, key_tables) + piece * (STAGES * K * D)
     bias = tl.where(is_value, value_bias, key_bias) + piece * (STAGES * K)
     codes = tl.where(is_value, value_codes, key_codes) + mine.to(tl.int64) * tl.where(is_value, vcb, kcb) + tl.load(at) * (PIECES * STAGES) + piece * STAGES
+    stages = tl.arange(0, R)[None, :]
+    found = tl.zeros([BN, R], tl.int32)
+    score = tl.zeros([BN, K], tl.float32)
+    # An entry is chosen a turn after its scores: its row is asked for after the copy of a later table was, and has not to queue behind it.
     for stage in tl.range(0, STAGES, num_stages=DEPTH):
+        _, label = tl.max(score, 1, return_indices=True, return_indices_tie_break_left=False)
+        found = tl.where(stages == stage - 1, label[:, None], found)
+        chosen = tl.reshape(tl.broadcast_to(label[None, :], (ROWS // BN, BN)), (ROWS,))
+        if stage > 0:  # a branch, not a mask: else the compiler copies rows as it does tables, and nothing is ahead any more
+            rest -= tl.load(table + (stage - 1) * (K * D) + chosen[:, None] * D + d[None, :]).to(tl.float32)
         entries = tl.load(table + stage * (K * D) + k[None, :] * D + d[:, None]).to(tl.float16)
         high = rest.to(tl.float16)
         low = (rest - high.to(tl.float32)).to(tl.float16)
         score = tl.dot(tl.where((r < BN)[:, None], high, low) if STACK else low, entries)
         score = tl.sum(tl.reshape(score, (2, BN, K)), 0) if STACK else tl.dot(high, entries, score)
         score += tl.load(bias + stage * K + k)[None, :]
-        _, label = tl.max(score, 1, return_indices=True, return_indices_tie_break_left=False)
-        tl.store(codes + stage, label.to(tl.uint8), mask=mine < batch)
-        chosen = tl.reshape(tl.broadcast_to(label[None, :], (ROWS // BN, BN)), (ROWS,))
-        if stage < STAGES - 1:  # a branch also keeps the compiler from copying these rows the way of the tables
-            rest -= tl.load(table + stage * (K * D) + chosen[:, None] * D + d[None, :]).to(tl.float32)
+    _, label = tl.max(score, 1, return_indices=True, return_indices_tie_break_left=False)
+    found = tl.where(stages == STAGES - 1, label[:, None], found)
+    tl.store(codes[:, None] + stages, found.to(tl.uint8), mask=(mine < batch)[:, None] & (stages < STAGES))

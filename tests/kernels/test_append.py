@@ -42,6 +42,7 @@ CASES = {
     "four pieces a head": (1, 2, 128, 32, 4),
     "eight bits": (3, 2, 128, 32, 4, FP8),
     "a head": (2, 2, 64, 64, 3, torch.float16, torch.bfloat16),
+    "sixteen stages": (1, 1, 128, 128, 16),
     "two heads, a scaled rotation": (1, 2, 32, 64, 2, torch.float16, torch.float32, 1.25),
     "full tiles of sixteen": (11, 1, 64, 16, 2, FP8, torch.bfloat16),
     "more than one tile": (131, 1, 32, 16, 1),
