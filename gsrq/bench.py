@@ -133,7 +133,7 @@ def one_token(tiles: bool = False) -> None:
                 append.append(held, rest[0], layers[i], *rest[1:])
 
             append.define(expected, rest[0], layers[0], *rest[1:])
-            others = [tile for tile in ((8, 2), (8, 4), (8, 8), (16, 4), (16, 8), (32, 4), (32, 8), (64, 8)) if batch <= 16 * tile[0] <= 16 * max(8, batch)]
+            others = [tile for tile in ((8, 2), (8, 4), (8, 8), (8, 16), (16, 4), (16, 8), (32, 4), (32, 8), (64, 8)) if batch <= 16 * tile[0] <= 16 * max(8, batch)]
             for tile in others if tiles else [None]:
                 append.TILES = ((1, *tile),) if tile else usual
                 provider = "one launch" + (f", {tile[0]} sequences, {tile[1]} warps" if tile else "")

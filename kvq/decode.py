@@ -132,7 +132,7 @@ class Room:
 
 
 class CodesStep(StepLayer):
-    """Codes as the codec packs them (vector codes), one token each, read by the pair's kernel."""
+    """Codes as the codec packs them (vector codes), one token each, read by the pair's kernel, and written by it in one launch where it can."""
 
     def __init__(self, layer: QuantizedLayer, progress: Progress):
         super().__init__(layer, progress)
@@ -140,13 +140,14 @@ class CodesStep(StepLayer):
         for stream in layer.streams:  # one at a time, so that no two are held twice
             stream.held = Room({name: self.room(leaf) for name, leaf in stream.codes.items()}, progress)
             self.held.append(stream.held)
+        self.write = getattr(self.fused, "append", None)
         self.early = layer.codecs[0].space == "pre"
         self.stretch = self.rope.scaling(self.index) if self.early else 1.0
 
     def append(self, key: Tensor, value: Tensor) -> None:
-        if self.fused.append is not None:
+        if self.write is not None:
             turn = self.progress.turn(self.rope, self.index, self.stretch) if self.early else None
-            self.fused.append([held.buffers for held in self.held], (key, value), self.progress.at, turn)
+            self.write([held.buffers for held in self.held], (key, value), self.progress.at, turn)
             return
         if self.early:
             key = self.rope.unrotate(key, self.progress.now, self.index)

@@ -27,8 +27,8 @@ def bound(kind: str, **options):
 
 
 @functools.cache
-def vector_codecs(model):
-    node = quants.load("gsrq", 1, quick={**quants.QUICK, "entries": 256})
+def vector_codecs(model, beam=1):
+    node = quants.load("gsrq", 1, quick={**quants.QUICK, "entries": 256, "beam": beam})
     return fit(model, [tokens(1, 300, seed=7)[0]], *(quants.maker(node, kind, 0) for kind in ("key", "value")), seed=0, memory_gb=1)
 
 
@@ -57,13 +57,14 @@ def test_steps_equal_generate(kind, pads):
         decoder.step()
 
 
-@pytest.mark.parametrize("architecture", ["llama", "llama_yarn"])
-def test_appended_codes_are_those_of_the_codec(architecture):
-    """One launch writes what the cache of `generate` holds: same positions, same scaling, nothing beside the new tokens."""
+@pytest.mark.parametrize("architecture,beam", [("llama", 1), ("llama_yarn", 1), ("llama", 2)])
+def test_appended_codes_are_those_of_the_codec(architecture, beam):
+    """One launch, or the codec itself where it searches with a beam, writes what the cache of `generate` holds: same positions, same scaling, nothing beside."""
     ids, mask = pad_left(tokens(2, 31), [0, 6])
-    lm = bind(architecture, vector_codecs, memo=False, attention="fused")
+    lm = bind(architecture, functools.partial(vector_codecs, beam=beam), memo=False, attention="fused")
     expected = generate(lm, ids, mask, steps=4)
     decoder = Decoder(lm.model, *prefilled(lm, ids, mask), steps=4)
+    assert all((layer.write is None) == (beam > 1) for layer in decoder.cache.layers)
     for t in range(1, 4):
         decoder.step()
         decoder.ids.copy_(expected.tokens[:, t : t + 1])
