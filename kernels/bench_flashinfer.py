@@ -100,10 +100,10 @@ def results(flashinfer: ModuleType, precision: str, calls: Iterable[str], shape:
     count = max(1, min(40, round(COLD / size)))
     flat = [[torch.randn(batch, tokens * kv * DIM, device="cuda", dtype=torch.float16).to(dtype) for _ in range(2)] for _ in range(count)]
     query = torch.randn(batch, heads, DIM, device="cuda", dtype=torch.float16)
-    workspace = torch.zeros(WORKSPACE, dtype=torch.uint8, device="cuda")
     for variant in variants(precision, batch, calls):
         sets = [tuple(paged(x, variant, batch, tokens) for x in pair) for pair in flat]
         try:
+            workspace = torch.zeros(WORKSPACE, dtype=torch.uint8, device="cuda")  # XQA's semaphores begin at 0
             call = attention(flashinfer, variant, query, sets, tokens, workspace)
             theirs = attend(query, *(dense(x, variant.layout, batch) for x in sets[0]), DIM**-0.5)[0].double()
             off = float((call(0).double() - theirs).norm() / theirs.norm())
