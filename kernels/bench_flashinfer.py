@@ -22,8 +22,9 @@ from kernels.timing import measure
 
 PRECISIONS = {"fp16": torch.float16, "fp8": torch.float8_e4m3fn}
 CALLS = {"single": (0,), "single tensor cores": (0,), "batch": (16, 64), "batch tensor cores": (16, 64), "batch fixed": (64,),
-         "batch tensor cores fixed": (64,), "batch fa3": (64,), "xqa": (64, 128)}  # fmt: skip
-"""Ways to call FlashInfer to tokens per page; 0 is a cache that is not paged."""
+         "batch tensor cores fixed": (64,), "xqa": (64, 128)}  # fmt: skip
+"""Ways to call FlashInfer to tokens per page; 0 is a cache that is not paged. Left out: FA3, whose tile has 128 queries of one head, so that a group's
+keys are read once per head and nothing is split over keys (FlashInfer chooses FA2 for decoding itself), and cuDNN, which bench_paged times."""
 XQA_LIMIT = 6e-2  # XQA reads an fp8 cache with fp8 products: queries and weights are rounded to 3 bits as well, 2.6 % each
 WORKSPACE = 2**28  # bytes; FlashInfer recommends half of it
 
@@ -39,10 +40,10 @@ class Variant(NamedTuple):
         return f"flashinfer {precision}, {self.call} {self.layout}" + (f" page {self.page}" if self.page else "")
 
 
-def variants(precision: str, batch: int, calls: Iterable[str] = CALLS) -> Iterator[Variant]:
-    """Those of `calls` that serve this precision and batch: an unpaged cache is one sequence, and FA3 multiplies fp16 queries with fp16 keys alone."""
+def variants(batch: int, calls: Iterable[str] = CALLS) -> Iterator[Variant]:
+    """Those of `calls` that serve this batch: a cache without pages is one sequence."""
     for call in calls:
-        if not (call.startswith("single") and batch > 1 or call == "batch fa3" and precision == "fp8"):
+        if batch == 1 or not call.startswith("single"):
             yield from (Variant(call, page, layout) for page in CALLS[call] for layout in ("NHD", "HND"))
 
 
@@ -86,24 +87,23 @@ def attention(flashinfer: ModuleType, variant: Variant, query: Tensor, sets: lis
     begin, last = torch.arange(0, batch * count + 1, count, dtype=torch.int32), torch.full((batch,), page, dtype=torch.int32)
     held = {"paged_kv_indptr_buffer": begin, "paged_kv_indices_buffer": table, "paged_kv_last_page_len_buffer": last}
     held = {} if call.endswith("fixed") else {"use_cuda_graph": True, **{name: x.to(query.device, copy=True) for name, x in held.items()}}
-    fa3 = call == "batch fa3"
-    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, layout, use_tensor_cores=fa3 or "tensor cores" in call, backend="fa3" if fa3 else "auto", **held)
+    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, layout, use_tensor_cores="tensor cores" in call, **held)
     wrapper.plan(begin, table, last, heads, key.shape[2 if layout == "NHD" else 1], dim, page, q_data_type=query.dtype, kv_data_type=key.dtype)
     return lambda i: wrapper.run(query, sets[i])
 
 
-def results(flashinfer: ModuleType, precision: str, calls: Iterable[str], shape: tuple[int, int, int, int]) -> Iterator[tuple[Variant, dict | Exception]]:
+def results(flashinfer: ModuleType, precision: str, calls: Iterable[str], shape: tuple[int, int, int, int], device: str = "cuda") -> Iterator[tuple[Variant, dict | Exception]]:
     """Variants and what `rows_of` takes, or why FlashInfer does not serve this shape so."""
     heads, kv, batch, tokens = shape
     dtype = PRECISIONS[precision]
     size = 2 * batch * kv * tokens * DIM * dtype.itemsize
     count = max(1, min(40, round(COLD / size)))
-    flat = [[torch.randn(batch, tokens * kv * DIM, device="cuda", dtype=torch.float16).to(dtype) for _ in range(2)] for _ in range(count)]
-    query = torch.randn(batch, heads, DIM, device="cuda", dtype=torch.float16)
-    for variant in variants(precision, batch, calls):
+    flat = [[torch.randn(batch, tokens * kv * DIM, device=device, dtype=torch.float16).to(dtype) for _ in range(2)] for _ in range(count)]
+    query = torch.randn(batch, heads, DIM, device=device, dtype=torch.float16)
+    for variant in variants(batch, calls):
         sets = [tuple(paged(x, variant, batch, tokens) for x in pair) for pair in flat]
         try:
-            workspace = torch.zeros(WORKSPACE, dtype=torch.uint8, device="cuda")  # XQA's semaphores begin at 0
+            workspace = torch.zeros(WORKSPACE, dtype=torch.uint8, device=device)  # XQA's semaphores begin at 0
             call = attention(flashinfer, variant, query, sets, tokens, workspace)
             theirs = attend(query, *(dense(x, variant.layout, batch) for x in sets[0]), DIM**-0.5)[0].double()
             off = float((call(0).double() - theirs).norm() / theirs.norm())

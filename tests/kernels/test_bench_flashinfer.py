@@ -26,8 +26,8 @@ def whole(query, pages, table, lengths, layout, scale):
 
 
 class Wrapper:
-    def __init__(self, workspace, layout, use_cuda_graph=False, use_tensor_cores=False, backend="auto", **buffers):
-        assert workspace.dtype == torch.uint8 and bool(buffers) == use_cuda_graph and (backend == "auto" or use_tensor_cores)
+    def __init__(self, workspace, layout, use_cuda_graph=False, use_tensor_cores=False, **buffers):
+        assert workspace.dtype == torch.uint8 and bool(buffers) == use_cuda_graph
         self.layout, self.buffers = layout, buffers
 
     def plan(self, indptr, indices, last, heads, kv, dim, page, q_data_type, kv_data_type):
@@ -50,7 +50,7 @@ def single(query, key, value, kv_layout, use_tensor_cores):
 
 
 FAKE = SimpleNamespace(BatchDecodeWithPagedKVCacheWrapper=Wrapper, single_decode_with_kv_cache=single, decode=SimpleNamespace(xqa_batch_decode_with_kv_cache=xqa))
-CASES = [(p, b, v) for p in bench_flashinfer.PRECISIONS for b in (1, BATCH) for v in bench_flashinfer.variants(p, b) if b > 1 or v.call.startswith("single")]
+CASES = [(p, b, v) for p in bench_flashinfer.PRECISIONS for b in (1, BATCH) for v in bench_flashinfer.variants(b) if b > 1 or v.call.startswith("single")]
 
 
 @pytest.mark.parametrize("precision, batch, variant", CASES, ids=[f"b{b} {v.name(p)}" for p, b, v in CASES])
@@ -66,10 +66,24 @@ def test_every_call_attends_to_the_tokens_that_it_is_checked_against(precision, 
 
 
 def test_every_way_has_a_row_of_its_own():
-    for precision in bench_flashinfer.PRECISIONS:
-        one, many = ([v.name(precision) for v in bench_flashinfer.variants(precision, batch)] for batch in (1, 16))
-        assert len(set(one)) == len(one) and set(many) < set(one) and not any("single" in name for name in many)
-        assert any("fa3" in name for name in one) == (precision == "fp16")
+    one, many = ([v.name("fp8") for v in bench_flashinfer.variants(batch)] for batch in (1, 16))
+    assert len(set(one)) == len(one) and set(many) < set(one) and {name.split(",")[0] for name in one} == {"flashinfer fp8"}
+    assert all("single" in name for name in set(one) - set(many)) and [v.call for v in bench_flashinfer.variants(1, ["xqa"])] == ["xqa"] * 4
+
+
+def test_a_wrong_output_is_no_baseline(monkeypatch):
+    monkeypatch.setattr(bench_flashinfer, "measure", lambda call, count: (float(count), 1.0, 2.0))
+    monkeypatch.setattr(bench_flashinfer, "COLD", 3 * 2 * BATCH * KV * TOKENS * DIM)
+    spoiled = SimpleNamespace(**vars(FAKE) | {"decode": SimpleNamespace(xqa_batch_decode_with_kv_cache=lambda query, *rest, **options: 1.05 * xqa(query, *rest, **options))})
+    elements = 2 * BATCH * KV * TOKENS * DIM
+    for precision, limit, sets, size in (("fp16", bench_flashinfer.LIMIT, 2, 2 * elements), ("fp8", bench_flashinfer.XQA_LIMIT, 3, elements)):
+        found = dict(bench_flashinfer.results(spoiled, precision, ["batch", "xqa"], (HEADS, KV, BATCH, TOKENS), "cpu"))
+        for variant, result in found.items():
+            off = 0.05 if variant.call == "xqa" else 0
+            assert isinstance(result, ArithmeticError) == (off > limit), (variant, result)
+            if off <= limit:
+                assert result["off"] == pytest.approx(off, abs=2e-3) and result["times"][0] == sets and result["bytes"] == size
+        assert len(found) == 8 and all("off by" in str(r) for r in found.values() if isinstance(r, Exception))
 
 
 def test_ragged_pages_are_refused():
