@@ -1,5 +1,6 @@
 """Scores through the kernels against scores through decode-then-SDPA: pairs of runs that differ in `attention` alone, example by example.
 
+Both runs of a pair hold the same codecs to the last bit (rows before that was written down: the same options and seed, one campaign).
 A run whose `attention` is `fused` either read codes as they lie or was refused; on a CPU that is done by the kernels' torch definition. No
 figure: the differences are zeros, or a number that a table shows better.
 
@@ -30,14 +31,16 @@ def rows(results: Path = Path("results"), model: str = "standin") -> pd.DataFram
     folder = Path(results) / "agreement"
     runs = store.load(folder, model=model).drop_duplicates("run")
     runs = runs[runs["quant"] != "fp16"]
-    told = runs["config"].map(lambda config: json.loads(config)["identity"])
-    runs = runs.assign(route=[i.get("attention", "reference") for i in told], prefill=[i["prefill"] for i in told], dtype=[i["model"]["dtype"] for i in told],
+    config = runs["config"].map(json.loads)
+    told = config.map(lambda config: config["identity"])
+    runs = runs.assign(codecs=[c.get("codecs", "") for c in config],
+                       route=[i.get("attention", "reference") for i in told], prefill=[i["prefill"] for i in told], dtype=[i["model"]["dtype"] for i in told],
                        same=[json.dumps({k: v for k, v in i.items() if k != "attention"}, sort_keys=True) for i in told])  # fmt: skip
     found = []
-    for _, pair in runs.groupby(["same", "device"]):
+    for _, pair in runs.groupby(["same", "device", "codecs"]):
         if len(pair) == 2:
             by_route = committed.records(folder, pair, route="route").set_index("id").groupby("route")
-            kept = pair.iloc[0][["task", "model", "quant", "bits", "prefill", "dtype", "device"]].to_dict()
+            kept = pair.iloc[0][["task", "model", "quant", "bits", "prefill", "dtype", "device"]].to_dict() | {"commit": pair.set_index("route").at["fused", "commit"]}
             found.append({**kept, **compare(by_route.get_group("fused"), by_route.get_group("reference"))})
     return pd.DataFrame(found).sort_values(["dtype", "device", "task", "prefill", "quant", "bits"], ignore_index=True) if found else pd.DataFrame()
 
@@ -61,14 +64,13 @@ def table(rows: pd.DataFrame) -> Table:
         f"Loss, token by token: means may differ by {LOSS:g} nats per token; largest differences are of one example or window, KL and top-1 agreement against fp16. "
         "Where a prompt reads codes, rounding moves codes of later layers, so answers may differ although attention does not. "
         "So may long answers, whose own codes rounding moves. "
-        "Scores in percent, losses in nats per token, means over examples. What is not listed has not been run on both routes. "
-        "Kernels on a GPU are those of 905041a; encoding of prompts and decode attention have been rewritten since and are held to the same definitions by tests."
+        "Scores in percent, losses in nats per token, means over examples. What is not listed has not been run on both routes with the same codecs."
     )
     for (dtype, device), part in rows.groupby(["dtype", "device"]):
         lines = [
             {"task": row.task, "prompt": PROMPTS[row.prefill], "method": style.label(row.quant), "bits": f"{row.bits:g}", "n": str(row.n), "equal answers": _told(row.equal, ".2%"),
              "reference": f"{row.reference:.4f}", "kernels": f"{row.fused:.4f}", "largest difference": f"{row.largest:.2g}",
-             "of KL": _told(row.kl, ".2g"), "of top-1": _told(row.top1, ".2%"), "within tolerance": "yes" if row.met else "no"}
+             "of KL": _told(row.kl, ".2g"), "of top-1": _told(row.top1, ".2%"), "within tolerance": "yes" if row.met else "no", "kernels of": row.commit}
             for row in part.itertuples()
         ]  # fmt: skip
         made.add(f"{dtype}, " + ("torch definition of the kernels on a CPU" if device == "cpu" else f"kernels on {device}"), pd.DataFrame(lines))

@@ -9,8 +9,11 @@ FOLDERS = ("results", "outputs", "calibrations")
 """Settings that say where files are, not what was computed: they stay out of rows."""
 
 
-def of_run(cell, task, records: list[dict], reference: list[dict] | None, usage: dict, device: str) -> list[dict]:
-    """Rows in the schema of `kvq.results`. `usage`: bytes, tokens and seconds summed over the records. Raises Refusal if nothing was compressed."""
+def of_run(cell, task, records: list[dict], reference: list[dict] | None, usage: dict, device: str, codecs: str) -> list[dict]:
+    """Rows in the schema of `kvq.results`. `usage`: bytes, tokens and seconds summed over the records; codecs: `kvq.store.content` of those used.
+
+    Raises Refusal if nothing was compressed.
+    """
     quant, tables = cell.resolved["quant"], usage.get("table_bytes", 0)
     if not usage.get("coded_values"):
         raise Refusal(
@@ -18,12 +21,13 @@ def of_run(cell, task, records: list[dict], reference: list[dict] | None, usage:
             "lower them or use longer prompts. Nothing was written."
         )
     stored = 8 * usage["code_bytes"] / usage["coded_values"]
+    config = {**{k: v for k, v in cell.resolved.items() if k not in FOLDERS}, "identity": cell.identity, "codecs": codecs}
     common = {
         "run": cell.run, "model": cell.choices["model"], "quant": cell.choices["quant"], "task": cell.choices["task"], "data": str(task.data),
         "calib": cell.choices["calib"] if cell.identity["calib"] else "none", "bits": cell.label, "bits_stored": stored,
         "bits_total": 8 * (usage["code_bytes"] + usage["exact_bytes"] + tables) / usage["slot_values"],
         "encoded_tokens": int(usage["encoded"]), "seed": cell.resolved["seed"],
-        "config": json.dumps({**{k: v for k, v in cell.resolved.items() if k not in FOLDERS}, "identity": cell.identity}, sort_keys=True), **results.provenance(device),
+        "config": json.dumps(config, sort_keys=True), **results.provenance(device),
     }  # fmt: skip
     rows = [{**common, **row} for row in statistics.summarize(records).to_dict("records")]
     for suffix, some in (("", records), ("_fp16", reference or [])):

@@ -173,7 +173,7 @@ def _compute(cell: Cell, reference: Cell | None, claims: list[Claim]) -> pd.Data
             report.say(f"part {cfg.part} of {cfg.parts} of run {cell.run} is done; the rows follow with the last part")
             return None
         usage = {**pd.DataFrame([r["usage"] for r in records]).sum().to_dict(), "calibration_seconds": calibration_seconds}
-        table = _refuse(rows.of_run, cell, task, records, reference and _predictions(reference), usage, _device_name(model))
+        table = _refuse(rows.of_run, cell, task, records, reference and _predictions(reference), usage, _device_name(model), store.content(codecs))
         for claim in claims:
             claim.check()
         for torn in cell.path.parent.glob(f".{cell.run}.*"):  # left by a kill in the middle of a write

@@ -45,17 +45,26 @@ def path_of(recipe: dict, folder: Path) -> Path:
 
 def save(pairs: list[tuple], recipe: dict, folder: Path) -> Path:
     """Write the buffers of all (key, value) codecs with their recipe; whole or not at all."""
+    tensors = _tensors(pairs) or {"empty": torch.zeros(1)}
+    path = path_of(recipe, folder)
+    metadata = {"recipe": json.dumps(recipe, sort_keys=True), "digest": _digest(tensors)}
+    replace(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+    return path
+
+
+def content(pairs: list[tuple]) -> str:
+    """16 hex digits of all buffers of (key, value) codecs: equal where the codecs are equal to the last bit."""
+    return _digest(_tensors(pairs))[:16]
+
+
+def _tensors(pairs: list[tuple]) -> dict[str, torch.Tensor]:
     tensors = {}
     for layer, pair in enumerate(pairs):
         for kind, codec in zip(("key", "value"), pair):
             if codec is not None:
                 for name, buffer in codec.named_buffers():
                     tensors[f"{layer}/{kind}/{name}"] = buffer.detach().cpu().contiguous().clone()
-    tensors = tensors or {"empty": torch.zeros(1)}
-    path = path_of(recipe, folder)
-    metadata = {"recipe": json.dumps(recipe, sort_keys=True), "digest": _digest(tensors)}
-    replace(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
-    return path
+    return tensors
 
 
 def _digest(tensors: dict[str, torch.Tensor]) -> str:

@@ -34,13 +34,14 @@ def test_both_routes_say_the_same(quant, kernel, task, words, tmp_path, monkeypa
     assert found["kl"].isna().all() or (found["kl"] > 0).all(), "the same number to the last bit: one route was run twice"
 
 
-def write(folder, attention, answers, losses=None, dtype="float32"):
+def write(folder, attention, answers, losses=None, dtype="float32", codecs="a"):
     """One run of 100 examples; answers: predictions where they are not 'a', by example."""
     task = "niah" if losses is None else "perplexity"
     identity = {"prefill": "exact", "model": {"dtype": dtype}, "task": {"name": task}, **({"attention": "fused"} if attention == "fused" else {})}
     name, metric = results.run_id(identity), "score" if losses is None else "loss"
     common = {"run": name, "model": "standin", "quant": "kivi", "task": task, "data": "embedded", "calib": "none", "bits": 2, "bits_stored": 2, "bits_total": 3,
-              "encoded_tokens": 9, "subset": "s", "metric": metric, "value": 1.0, "stderr": 0.0, "n": 100, "seed": 0, "config": json.dumps({"identity": identity}),
+              "encoded_tokens": 9, "subset": "s", "metric": metric, "value": 1.0, "stderr": 0.0, "n": 100, "seed": 0,
+              "config": json.dumps({"identity": identity, "codecs": codecs}),
               "commit": "", "dirty": False, "date": "", "device": "cpu", "torch": "", "transformers": ""}  # fmt: skip
     results.write([common], folder / "agreement" / "runs" / f"{name}.parquet")
     records = []
@@ -57,6 +58,12 @@ def test_one_answer_in_a_hundred_may_differ(answers, met, tmp_path):
     (row,) = agreement.rows(tmp_path).itertuples()
     assert (row.n, row.equal, row.met) == (100, 1 - len(answers) / 100, met)
     assert row.largest == (100.0 if answers else 0.0) and row.reference - row.fused == pytest.approx(len(answers))
+
+
+def test_runs_with_other_codecs_are_no_pair(tmp_path):
+    write(tmp_path, "reference", {})
+    write(tmp_path, "fused", {}, codecs="b")
+    assert agreement.rows(tmp_path).empty
 
 
 def test_the_mean_loss_is_judged_and_the_largest_difference_told(tmp_path):

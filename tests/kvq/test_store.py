@@ -113,6 +113,14 @@ def test_nothing_is_ever_unpickled(tmp_path):
     assert fit.calls == 2
 
 
+def test_content_tells_codecs_apart_by_any_buffer():
+    def pairs(values):
+        return [tuple(Table().fit(value) for value in values), (None, None)]
+
+    assert store.content(pairs((1, 2))) == store.content(pairs((1, 2)))
+    assert len({store.content(pairs(values)) for values in ((1, 2), (2, 1), (1, 3))}) == 3
+
+
 def test_codecs_without_buffers_are_stored_too(tmp_path):
     calls = []
     for _ in range(2):
