@@ -14,7 +14,7 @@ from kernels.pages import Segment, Spec
 from kernels.rotate import haar
 from kernels.scalar import midpoints
 
-from .allocate import allocate, block_budget
+from .allocate import allocate_tiles
 from .energy import SCORES, score_blocks
 from .gain import GAINS, NORM_BYTES, STORED, channel_mean, load_norm, prepare, solve_gain, store_norm
 from .layout import Group, arrange, static_pairs, unrotated
@@ -30,7 +30,7 @@ class BlockGTQ(nn.Module):
     Codes: "codes" uint8 [B, H, T, bytes], every head at the same number of bits; "norm" [B, 1, T, S], one gain for each of the
     S groups of all heads, nothing padded. `partial` says what happens to channels that RoPE does not rotate: "full" pairs them
     into static blocks that compete for bits like the others, "split" codes them as a group of their own at floor(bits), "merge"
-    puts them into the group of that width.
+    puts them into the group of that width. `tile`: so many blocks share a width (`allocate_tiles`; 1 in the paper).
     """
 
     block = 1
@@ -43,6 +43,7 @@ class BlockGTQ(nn.Module):
         score: str = "qk_avg",
         b_min: int = 1,
         b_max: int = 8,
+        tile: int = 1,
         codebook: str = "gaussian",
         gain: str = "unit_norm",
         center: bool = False,
@@ -56,7 +57,9 @@ class BlockGTQ(nn.Module):
             raise ValueError(f"b_min and b_max must satisfy 1 <= b_min <= b_max <= 8, got {b_min} and {b_max}.")
         if not b_min <= bits <= b_max:
             raise ValueError(f"BlockGTQ takes an average of {b_min} to {b_max} bits (b_min to b_max), got {bits}.")
-        self.code_bits, self.b_min, self.b_max = float(bits), int(b_min), int(b_max)
+        if tile < 1 or tile != int(tile):
+            raise ValueError(f"tile={tile} must be a whole number of blocks from 1 on.")
+        self.code_bits, self.b_min, self.b_max, self.tile = float(bits), int(b_min), int(b_max), int(tile)
         self.score = choose("score", score, tuple(SCORES))
         self.codebook = choose("codebook", codebook, CODEBOOKS)
         self.gain = choose("gain", gain, GAINS)
@@ -79,6 +82,11 @@ class BlockGTQ(nn.Module):
         heads, dim = self._fitted().order.shape
         return 8 * (heads * self._tables.stream.row_bytes + len(self.groups) * NORM_BYTES[self.norm_dtype]) / (heads * dim)
 
+    def check(self, heads: int, head_dim: int) -> None:
+        """Raise ValueError if tiles do not divide the blocks of a head; where some channels are not rotated, `fit` finds out."""
+        if self.partial == "full" and head_dim // 2 % self.tile:
+            raise ValueError(f"tile={self.tile} does not divide the {head_dim // 2} RoPE blocks of a head of {head_dim}; choose a divisor.")
+
     def fit(self, calibration: Any) -> "BlockGTQ":
         """Allocate widths from calibration.x [H, N, D], .queries and .pairs, and make the tables.
 
@@ -95,7 +103,7 @@ class BlockGTQ(nn.Module):
         mean = channel_mean(calibration.x) if self.center else None
         keys = calibration.x if mean is None else calibration.x - mean[:, None]
         scores = score_blocks(keys, calibration.queries, pairs.to(device), self.score).cpu()
-        widths = allocate(scores, block_budget(len(pairs), self.code_bits), self.b_min, self.b_max)
+        widths = allocate_tiles(scores, self.code_bits, self.tile, self.b_min, self.b_max)
         order, groups = arrange(widths, pairs, rest, rest_width, self.partial == "merge")
         self.widths, self.order, self.mean = widths.to(device, torch.uint8), order.to(device, torch.int16), mean
         self._tabulate(groups)

@@ -8,7 +8,7 @@ from experiments import latency, latency_figure, reported
 
 
 def rows(results: Path = Path("results"), model: str = "standin") -> pd.DataFrame:
-    return latency.both(results, "decode_attention", False, "encode") if model == "standin" else pd.DataFrame()
+    return latency.both(results, ["decode_attention", "flashinfer"], False, "encode") if model == "standin" else pd.DataFrame()
 
 
 speedups, whole = latency.speedups, latency.whole

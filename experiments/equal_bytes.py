@@ -9,7 +9,7 @@ import pandas as pd
 from experiments import heads, style
 from experiments.tables import Table
 
-METHODS = ("tq_mse", "blockgtq", "blockgtq_plus")
+METHODS = ("tq_mse", "blockgtq", "blockgtq_tiles", "blockgtq_plus")
 METRICS = {"logit_mae": "logit MAE (before softmax)", "kl": "KL to exact attention (nats)"}
 
 

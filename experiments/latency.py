@@ -11,10 +11,12 @@ from experiments import committed
 from experiments.tables import Table
 
 SHAPE = r"q(?P<heads>\d+) kv(?P<kv>\d+) d(?P<dim>\d+) b(?P<batch>\d+) t(?P<tokens>\d+)"
-EXACT = ("sdpa", "fp16")
+EXACT = ("sdpa", "fp16", "flashinfer fp16")
 """Providers of these prefixes attend to an fp16 cache with shared KV heads; the fastest of them is the reference."""
 VARIANT = r"( fp16 tables| fp8 tables|,).*"
 """What follows in a provider's name is a variant of one method: the fastest stands for it in figures."""
+LIBRARY = "flashinfer"
+"""Methods that begin so are another library's, called in many ways: the fastest way stands for them in tables as well, all ways in one of their own."""
 GONE = "replaced"
 """In a provider's name: a version that is not in the tree any more. Tables leave it out; kernels/NOTES.md keeps what it taught."""
 STEP = r"(?P<memory>b\d+|[\d.]+GB) t\d+ (?P<how>\w+) (?P<route>\w+)"
@@ -67,13 +69,14 @@ def load(results: Path, file: str) -> pd.DataFrame:
     return frame[~frame["provider"].str.contains(GONE)]
 
 
-def gather(results: Path, file: str) -> pd.DataFrame:
-    """Decode attention in microseconds and steps at equal memory from one file, the shape's numbers as columns.
+def gather(results: Path, *files: str) -> pd.DataFrame:
+    """Decode attention in microseconds and steps at equal memory from files whose kernels had the same shapes, the shape's numbers as columns.
 
     `fastest` marks the fastest variant of each method and shape, `ratio` is the fastest fp16 time (at equal memory: our tokens per second) over
     the same of this row (of fp16), `times_flash` this row's time over that of flash alone.
     """
-    frame = load(results, file)
+    frames = [load(results, file) for file in files]
+    frame = pd.concat([f for f in frames if len(f)] or frames[:1], ignore_index=True)
     frame = frame[frame["shape"].str.fullmatch(SHAPE)]
     if frame.empty:
         return frame
@@ -103,10 +106,10 @@ def _fp16(rows: pd.DataFrame, ending: str = "") -> pd.Series:
     return rows[rows["method"].str.startswith(EXACT) & rows["method"].str.endswith(ending)].groupby("shape")["median"].min()
 
 
-def both(results: Path, file: str, vector: bool, *others: str) -> pd.DataFrame:
-    """Everything that belongs to one paper: decode attention, `others` (files of results/latency) as parts, whole steps."""
+def both(results: Path, files: list[str], vector: bool, *others: str) -> pd.DataFrame:
+    """Everything that belongs to one paper: decode attention of `files`, `others` (files of results/latency, too) as parts, whole steps."""
     parts = [load(results, name).assign(kind="part") for name in others]
-    return pd.concat([part for part in (gather(results, file), *parts, steps(results, vector)) if len(part)] or [pd.DataFrame()], ignore_index=True)
+    return pd.concat([part for part in (gather(results, *files), *parts, steps(results, vector)) if len(part)] or [pd.DataFrame()], ignore_index=True)
 
 
 def speedups(rows: pd.DataFrame) -> pd.DataFrame:
@@ -147,16 +150,22 @@ def tabulate(rows: pd.DataFrame, caption: str, experiment: str) -> Table:
     sure = f"Every kernel agreed with its definition at 2,000 tokens of ragged rows first (difference at most {off:.1e})."
     if off != off:
         wrong = parts["provider"].str.contains("unverified").any()
-        sure = "What is called unverified gave a wrong output." if wrong else "Every timed output agreed with its definition within 1e-2."
+        sure = "What is called unverified gave a wrong output." if wrong else "Every timed output agreed with its definition within 1e-2"
+        sure += "" if wrong else ", of XQA's products of fp8 within 6e-2." if parts["provider"].str.contains("fp8, xqa").any() else "."
     commands = "; ".join(f"`{c.strip()}`" for c in sorted(set(parts["command"].astype(str))))
     made = Table(
         f"{caption} {_distinct(parts, 'gpu')}, {_distinct(parts, 'date')}, {commands}. Medians; 5 to 95 % span {spread:.1%} of the median. "
         f"{sure} Columns: query/KV heads, batch x cached tokens." + ("" if len(done) else " " + MISSING.format(experiment))
     )
-    made.add("Microseconds", _wide(parts, "median", ",.1f"))
-    made.add("Speed against the fastest fp16 with shared KV heads", _wide(parts[~parts["method"].str.startswith(EXACT)], "ratio", ".3f"))
+    ways = parts["method"].astype(str).str.startswith(LIBRARY)
+    shown = parts[~ways | parts["fastest"].eq(True)].assign(provider=parts["provider"].where(~ways, parts["method"]))
+    made.add("Microseconds", _wide(shown, "median", ",.1f"))
+    made.add("Speed against the fastest fp16 with shared KV heads", _wide(shown[~shown["method"].str.startswith(EXACT)], "ratio", ".3f"))
     if parts["of_roofline"].notna().any():
-        made.add("Bytes read per second, share of a copy's 4.3 TB/s", _wide(parts, "of_roofline", ".3f"))
+        made.add("Bytes read per second, share of a copy's 4.3 TB/s", _wide(shown, "of_roofline", ".3f"))
+    if ways.any():
+        title = f"Microseconds of FlashInfer {_distinct(parts, 'flashinfer')} by call, order of a page's axes and tokens per page; the fastest stands above"
+        made.add(title, _wide(parts[ways], "median", ",.1f"))
     if len(memory):
         shown = memory.sort_values("per_second", ascending=False)[["provider", "batch", "tokens", "median", "per_second", "ratio"]].astype({"batch": int, "tokens": int})
         shown = shown.rename(columns={"batch": "sequences", "tokens": "tokens each", "median": "ms per step", "per_second": "tokens/s", "ratio": "against fp16"}).round(3)

@@ -10,9 +10,9 @@ from experiments.latency import EXACT
 
 ASIDE = r"int4|rebuild.*|codes shared.*|codes 1 bit d8|codes .*d64|codes 0.75 bit d32|codes after RoPE .*d128"
 """Methods that the table has and the figure leaves out, so that its lines can be told apart."""
-KNOWN = {"sdpa": "fp16", "fp16": "fp16", "tq": "tq_mse", "blockgtq": "blockgtq", "int4": "int4", "fp8": "fp8", "codes": "gsrq"}
+KNOWN = {"sdpa": "fp16", "fp16": "fp16", "tq": "tq_mse", "blockgtq": "blockgtq", "int4": "int4", "fp8": "fp8", "codes": "gsrq", "flashinfer fp16": "fp16", "flashinfer fp8": "fp8"}
 """How a method of the benchmarks begins, to its name in style."""
-LINES = {"k2v2": "--", "cudnn": "--", "0.75 bit": "--", "after RoPE": ":", "d32": "-."}
+LINES = {"k2v2": "--", "cudnn": "--", "0.75 bit": "--", "after RoPE": ":", "d32": "-.", "flashinfer": ":"}
 """Line style by the first of these words that a method has; else solid."""
 
 SHAPES = {"random_qwen25_3b": "Qwen2.5-3B", "random_qwen25_7b": "Qwen2.5-7B", "random_llama31_8b": "Llama-3.1-8B"}
@@ -31,6 +31,8 @@ def label(method: str) -> str:
     """A benchmark's method in words."""
     if method.startswith(("sdpa", "fp16")):
         return f"fp16, {'cuDNN' if 'cudnn' in method else 'flash'}"
+    if method.startswith("flashinfer"):
+        return method.replace("flashinfer", "FlashInfer")
     if method.startswith("codes"):
         bits, piece = re.search(r"([\d.]+) bit d(\d+)", method).groups()
         return f"{float(bits):g} bit, D = {piece}" + (", post-RoPE" if "RoPE" in method else "")

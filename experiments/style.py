@@ -18,12 +18,12 @@ COLUMN, PAGE = 3.4, 7.0
 COLORS = {
     "fp16": "#444444", "fp8": "#888888", "int8": "#AAAAAA", "int4": "#BBBBBB", "km": "#E69F00", "gskm": "#56B4E9", "gsrq": "#0072B2",
     "tq_mse": "#CC79A7", "blockgtq": "#D55E00", "blockgtq_plus": "#8B0000", "kivi": "#009E73", "kivi_scale_only": "#44AA99", "vqllm": "#882255", "cq": "#999933", "zero": "#000000",
-    "gsrq_plus": "#332288", "gsrq_fp8": "#117733",
+    "gsrq_plus": "#332288", "gsrq_fp8": "#117733", "blockgtq_tiles": "#EE8866",
 }  # fmt: skip
 LABELS = {
     "fp16": "fp16", "fp8": "FP8", "int8": "INT8", "int4": "INT4", "km": "KM", "gskm": "GSKM", "gsrq": "GSRQ", "tq_mse": "TQ-MSE",
     "blockgtq": "Block-GTQ", "blockgtq_plus": "Block-GTQ+ (ours)", "kivi": "KIVI (window 128)", "kivi_scale_only": "KIVI-ScaleOnly", "vqllm": "VQLLM", "cq": "CQ", "zero": "zero",
-    "gsrq_plus": "GSRQ+ (ours)", "gsrq_fp8": "GSRQ, 8-bit codebooks (ours)",
+    "gsrq_plus": "GSRQ+ (ours)", "gsrq_fp8": "GSRQ, 8-bit codebooks (ours)", "blockgtq_tiles": "Block-GTQ, whole tiles (ours)",
 }  # fmt: skip
 MARKERS = "osD^vP*Xph<>d"
 

@@ -7,6 +7,7 @@ K-means, the ablation's other arm       kernels.kmeans.kmeans: conf/quant/km.yam
 w = log(1 + lambda ||grad||)            gsrq.weights.log_weights
 product + residual pipeline             gsrq.quantizer.GSRQ; encoding and decoding are kernels.rvq
 bits = R log2 K / D                     GSRQ.bits, from the packed bytes
+new keys and values coded in one kernel kernels.append, called by gsrq.fused
 attention over packed codes             gsrq.fused, kernels.lookup; timings: gsrq.bench
 
 Identities that the tests hold: with a raw instead of a unit direction the update is Lloyd's (s = m/||m||, g = ||m||); weights w on unit

@@ -22,8 +22,9 @@ from triton.testing import do_bench
 from gsrq import bench_attention
 from gsrq.gskm import gain_shape, gskm
 from gsrq.quantizer import GSRQ
-from kernels import kmeans, kmeans_triton, rvq
+from kernels import append, kmeans, kmeans_triton, rvq
 from kernels.kmeans import mean, nearest
+from kernels.timing import measure
 
 DEVICE = "cuda"
 HEADS, DIM = 8, 128  # one layer of Llama-3-8B
@@ -111,6 +112,44 @@ def encoding(tokens: int = 65536, stages: int = 16) -> None:
         ):
             times = clock(call, 100)
             BOX.note("rvq_encode", provider, shape, "throughput of 32 layers, K and V", "tokens/s", tuple(n / (times[i] * 1e-3 * 2 * LAYERS) for i in (0, 2, 1)))
+
+
+def one_token(tiles: bool = False) -> None:
+    """A token's keys and values of one layer, turned back, coded and written, in a graph over tables of all layers, which L2 does not hold.
+
+    Codes are compared with the definition's first; what it takes in torch is timed beside. `tiles`: other sequences and warps of a program, one token of all.
+    """
+    usual = append.TILES
+    for piece, r, kind in ((32, 4, torch.float8_e4m3fn), (32, 4, torch.float16), (DIM, 16, torch.float8_e4m3fn), (DIM, 16, torch.float16)):
+        pieces = HEADS * DIM // piece
+        layers = [[append.Book((0.3 * torch.randn(pieces, r, 256, piece, device=DEVICE)).to(kind), 1.0) for _ in range(2)] for _ in range(LAYERS)]
+        for batch in (1, 64, 256):
+            shape = f"b{batch} kv{HEADS} d{DIM} pieces of {piece} stages{r} {'fp8' if kind.itemsize == 1 else 'fp16'} tables"
+            angle = torch.rand(batch, DIM // 2, device=DEVICE)
+            held, expected = ([torch.zeros(batch, 1, 8, pieces * r, dtype=torch.uint8, device=DEVICE) for _ in range(2)] for _ in range(2))
+            rest = [vectors(batch, HEADS, 1, DIM).half() for _ in range(2)], torch.tensor([3], device=DEVICE), append.Turn(angle.cos(), angle.sin())
+
+            def call(i: int, held=held, layers=layers, rest=rest) -> None:
+                append.append(held, rest[0], layers[i], *rest[1:])
+
+            append.define(expected, rest[0], layers[0], *rest[1:])
+            others = [tile for tile in ((8, 2), (8, 4), (8, 8), (8, 16), (16, 4), (16, 8), (32, 4), (32, 8), (64, 8)) if batch <= 16 * tile[0] <= 16 * max(8, batch)]
+            for tile in others if tiles else [None]:
+                append.TILES = ((1, *tile),) if tile else usual
+                provider = "one launch" + (f", {tile[0]} sequences, {tile[1]} warps" if tile else "")
+                try:
+                    call(0)
+                    equal = min((a == b).float().mean().item() for a, b in zip(held, expected))
+                    if equal < 0.99:
+                        raise RuntimeError(f"{1 - equal:.2%} of the codes differ; not timed")
+                    BOX.note("append", provider, shape, "codes equal to the definition's", "fraction", equal)
+                    BOX.note("append", provider, shape, "time", "us", measure(call, LAYERS))
+                except Exception as error:
+                    print(f"{provider}, {shape}: {type(error).__name__}: {str(error)[:200]}", flush=True)
+                finally:
+                    append.TILES = usual
+            if not tiles:
+                BOX.note("append", "as defined", shape, "time", "us", measure(lambda i, e=expected, b=layers, r=rest: append.define(e, r[0], b[i], *r[1:]), LAYERS))
 
 
 def calibration(n: int = 262144, rounds: int = 40, whole: bool = False) -> None:
@@ -223,11 +262,13 @@ def main() -> None:
         "gathers": gathers,
         "encoding": encoding,
         "calibration": calibration,
+        "append": one_token,
+        "append_tiles": lambda: one_token(tiles=True),
         "whole": lambda: calibration(whole=True),
     }
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", required=True, type=Path, help="JSON file for the rows")
-    parser.add_argument("--parts", nargs="*", default=list(parts)[:-1], choices=list(parts), help="in this order")
+    parser.add_argument("--parts", nargs="*", default=list(parts)[:-2], choices=list(parts), help="in this order")
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin nothing new after so many seconds")
     options = parser.parse_args()
     torch.manual_seed(0)

@@ -1,5 +1,6 @@
 """Attention of one query over the packed codes of a GSRQ layer, through `kernels.lookup`."""
 
+from kernels import append
 from kernels.lookup import Coded
 from kernels.lookup_pair import Pair, serves
 
@@ -15,4 +16,10 @@ def fuse(key, value) -> Pair | None:
     if dim != value.head_dim or not serves(dim, key.codebooks.shape[3], value.codebooks.shape[3]) or (key.space == "pre" and key.inv_freq is None):
         return None
     reads = [lambda codes, codec=codec: Coded(codes["codes"].mT, codec.codebooks) for codec in (key, value)]
-    return Pair(*reads, dim, key.space, (float(key.scale), float(value.scale)), key.inv_freq)
+    units = float(key.scale), float(value.scale)
+
+    def write(held, tokens, at, turn) -> None:
+        books = [append.Book(codec.codebooks, unit) for codec, unit in zip((key, value), units)]
+        append.append([leaves["codes"] for leaves in held], tokens, books, at, turn)
+
+    return Pair(*reads, dim, key.space, units, key.inv_freq, write if key.beam == value.beam == 1 else None)

@@ -31,8 +31,8 @@ STRAY = 1e-3  # share of codes that may take the neighbouring level: values besi
 
 def specs(name: str, kv: int, device: str = "cuda", dim: int = DIM) -> tuple[Spec, Spec]:
     """Specifications of keys and values of one cache, widths drawn as `kernels.bench_paged` draws them."""
-    key, value = CACHES[name]
-    widths = key if isinstance(key, int) else synthetic.draw_widths(kv, dim // 2, key, 0.75, torch.Generator().manual_seed(0))
+    key, value, tile = CACHES[name]
+    widths = key if isinstance(key, int) else synthetic.draw_widths(kv, dim // 2, key, 0.75, torch.Generator().manual_seed(0), tile)
     return tuple(synthetic.spec(kv, dim, w, device=device) for w in (widths, value))
 
 

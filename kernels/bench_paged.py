@@ -27,7 +27,9 @@ from kernels.timing import measure
 
 SHAPES = [(16, 2, 1, 8192), (16, 2, 1, 32768), (16, 2, 1, 131072), (16, 2, 1, 524288), (16, 2, 16, 32768),
           (32, 8, 1, 8192), (32, 8, 1, 131072), (32, 8, 1, 524288), (32, 8, 16, 32768)]  # fmt: skip
-CACHES = {"tq_k3v3": (3, 3), "tq_k2v2": (2, 2), "blockgtq_k3v3": (3.0, 3), "blockgtq_k2v2": (2.0, 2), "int4": (4, 4)}
+CACHES = {"tq_k3v3": (3, 3, 1), "tq_k2v2": (2, 2, 1), "blockgtq_k3v3": (3.0, 3, 1), "blockgtq_k2v2": (2.0, 2, 1), "int4": (4, 4, 1),
+          "blockgtq_tiles_k3v3": (3.0, 3, 8), "blockgtq_tiles_k2v2": (2.0, 2, 8)}  # fmt: skip
+"""Bits of keys (a float: an average over RoPE blocks) and of values, and how many blocks share a width."""
 DIM, COLD = 128, 256e6
 LIMIT = 1e-2  # relative error of a float16 output
 PEAK = 4.3e12  # bytes per second of a large copy on an H200, read and write counted
@@ -35,9 +37,8 @@ PEAK = 4.3e12  # bytes per second of a large copy on an H200, read and write cou
 
 def packed(name: str, heads: int, kv: int, batch: int, tokens: int, timed: bool = True) -> dict:
     """Median, 5 % and 95 % of one cache, with the bytes it reads and whether its output is right."""
-    key, value = CACHES[name]
-    generator = torch.Generator().manual_seed(0)
-    widths = key if isinstance(key, int) else synthetic.draw_widths(kv, DIM // 2, key, 0.75, generator)
+    key, value, tile = CACHES[name]
+    widths = key if isinstance(key, int) else synthetic.draw_widths(kv, DIM // 2, key, 0.75, torch.Generator().manual_seed(0), tile)
     plain = name == "int4"
     k, v = (synthetic.spec(kv, DIM, w, rotated=not plain, offset=plain, integers=plain, device="cuda") for w in (widths, value))
     pair = paged.PagedAttention(k, v)

@@ -22,10 +22,15 @@ def split_half(pairs: Tensor, dim: int) -> bool:
 
 
 class Pair:
-    """Keys and values of one layer. `space` of the keys; `units`: what sums of rows are multiplied by; inv_freq [D/2], or None until `turn`."""
+    """Keys and values of one layer. `space` of the keys; `units`: what sums of rows are multiplied by; inv_freq [D/2], or None until `turn`.
 
-    def __init__(self, key: Read, value: Read, dim: int, space: str, units: tuple[float, float] = (1.0, 1.0), inv_freq: Tensor | None = None):
-        self.reads, self.dim, self.space, self.units, self.inv_freq = (key, value), dim, space, units, inv_freq
+    append: as `kvq.quantizer.Fused.append`, or None where new tokens go through the codecs.
+    """
+
+    def __init__(
+        self, key: Read, value: Read, dim: int, space: str, units: tuple[float, float] = (1.0, 1.0), inv_freq: Tensor | None = None, append: Callable | None = None
+    ):
+        self.reads, self.dim, self.space, self.units, self.inv_freq, self.append = (key, value), dim, space, units, inv_freq, append
 
     @property
     def unturned(self) -> bool:

@@ -7,20 +7,23 @@ from kernels.rotate import haar
 from kernels.scalar import gaussian_levels
 
 
-def draw_widths(heads: int, blocks: int, bits: float, spread: float, generator: torch.Generator) -> list[list[int]]:
-    """Widths of RoPE blocks [H][L], 1 to 8, each head spending exactly int(blocks * bits): greedy over log-normal energies.
+def draw_widths(heads: int, blocks: int, bits: float, spread: float, generator: torch.Generator, tile: int = 1) -> list[list[int]]:
+    """Widths of RoPE blocks [H][L], 1 to 8, each head spending exactly int(blocks / tile * bits) * tile: greedy over log-normal energies.
 
-    spread: standard deviation of half the log2 energies; 0.75 gives the histograms of arXiv 2606.24033, Table 8.
+    spread: standard deviation of half the log2 energies; 0.75 gives the histograms of arXiv 2606.24033, Table 8. tile: blocks of like energy
+    that share a width.
     """
     widths = []
     for _ in range(heads):
         energy = 2 ** (2 * spread * torch.randn(blocks, generator=generator))
-        width = torch.ones(blocks, dtype=torch.long)
-        for _ in range(int(blocks * bits) - blocks):
+        order = energy.argsort(descending=True)
+        energy = energy[order].view(-1, tile).sum(1)
+        width = torch.ones(len(energy), dtype=torch.long)
+        for _ in range(int(len(energy) * bits) - len(energy)):
             gain = energy * 4.0**-width
             gain[width == 8] = -1
             width[gain.argmax()] += 1
-        widths.append(width.tolist())
+        widths.append(torch.empty_like(order).scatter_(0, order, width.repeat_interleave(tile)).tolist())
     return widths
 
 

@@ -14,6 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import DynamicCache, DynamicLayer
 
 from kernels import backend, timing
+from kernels.append import Turn
 from kernels.encode import Encoder, encodable
 from kernels.pages import PAGE, Pages
 from kvq.cache import QuantizedCache
@@ -23,9 +24,9 @@ from kvq.stream import Stream
 
 
 class Progress:
-    """Where a decoder stands. lengths, after, first, pace [B] int32 and at [1] int64 are on the device; `tokens` is what the host knows.
+    """Where a decoder stands. lengths, after, first, pace [B] int32, at [1] and now [B, 1] int64 are on the device; `tokens` is what the host knows.
 
-    lengths: tokens held; after: with the one being fed; first: left padding; at: where the new token goes; pace: 1, or 0 to repeat one step.
+    lengths: tokens held; after: with the one being fed; first: left padding; at: where the new token goes; now: its positions; pace: 1, or 0 to repeat one step.
     """
 
     def __init__(self, rows: int, tokens: int, pads: list[int], steps: int, still: bool, device: torch.device):
@@ -35,6 +36,7 @@ class Progress:
         self.first = torch.tensor(pads, dtype=torch.int32, device=device)
         self.pace = torch.full_like(self.lengths, int(not still))
         self.padded = any(pads)
+        self.now, self.turned = self.lengths[:, None].long(), {}
 
     @functools.cached_property
     def positions(self) -> Tensor:
@@ -45,7 +47,16 @@ class Progress:
         """Positions [B, 1] of the tokens being fed."""
         torch.add(self.lengths, 1, out=self.after)
         self.at.copy_(self.lengths[:1])
-        return (self.lengths - self.first)[:, None].long()
+        torch.sub(self.lengths, self.first, out=self.now[:, 0])
+        self.turned = {}
+        return self.now
+
+    def turn(self, rope, layer: int, gain: float) -> Turn:
+        """What RoPE does to the tokens being fed in this layer; made once per step for all layers of its type."""
+        kind = rope.layer_types[layer] if rope.layer_types else None
+        if kind not in self.turned:
+            self.turned[kind] = Turn(*(table[:, 0].contiguous() for table in rope.tables(self.now, layer)), gain)
+        return self.turned[kind]
 
     def end(self) -> None:
         self.lengths += self.pace
@@ -121,7 +132,7 @@ class Room:
 
 
 class CodesStep(StepLayer):
-    """Codes as the codec packs them (vector codes), one token each, read by the pair's kernel."""
+    """Codes as the codec packs them (vector codes), one token each, read by the pair's kernel, and written by it in one launch where it can."""
 
     def __init__(self, layer: QuantizedLayer, progress: Progress):
         super().__init__(layer, progress)
@@ -129,12 +140,17 @@ class CodesStep(StepLayer):
         for stream in layer.streams:  # one at a time, so that no two are held twice
             stream.held = Room({name: self.room(leaf) for name, leaf in stream.codes.items()}, progress)
             self.held.append(stream.held)
+        self.write = getattr(self.fused, "append", None)
         self.early = layer.codecs[0].space == "pre"
         self.stretch = self.rope.scaling(self.index) if self.early else 1.0
 
     def append(self, key: Tensor, value: Tensor) -> None:
+        if self.write is not None:
+            turn = self.progress.turn(self.rope, self.index, self.stretch) if self.early else None
+            self.write([held.buffers for held in self.held], (key, value), self.progress.at, turn)
+            return
         if self.early:
-            key = self.rope.unrotate(key, self.progress.positions.index_select(1, self.progress.at), self.index)
+            key = self.rope.unrotate(key, self.progress.now, self.index)
         for codec, held, x in zip(self.codecs, self.held, (key, value)):
             for name, leaf in codec.encode_unchecked(x).items():
                 held.buffers[name].index_copy_(2, self.progress.at, leaf)

@@ -47,7 +47,11 @@ class Quantizer(Protocol):
 
 
 class Fused(Protocol):
-    """Attention over the packed codes of one layer, for a pair of codecs that a kernel serves."""
+    """Attention over the packed codes of one layer, for a pair of codecs that a kernel serves.
+
+    `append(held, tokens, at, turn)`, where it is defined and not None, is what :func:`kernels.append.append` does, with leaves for held: both
+    codecs' `encode_unchecked` of one new token, keys turned back first, written at token `at`.
+    """
 
     def held(self, index: int):
         """Where the codes of keys (0) or values (1) are kept, with the members of `kvq.held.Held`; None for a plain one."""

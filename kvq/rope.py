@@ -44,8 +44,8 @@ class Rope:
             if kind in MOVING_TABLES:
                 raise Refusal(f"RoPE type '{kind}' changes its frequencies as the sequence grows; use a codec with space=post.")
 
-    def _tables(self, positions: Tensor, layer: int) -> tuple[Tensor, ...]:
-        """(cos, sin), or one complex table (DeepSeek-V2)."""
+    def tables(self, positions: Tensor, layer: int) -> tuple[Tensor, ...]:
+        """(cos, sin) of positions [B, T], float32 [B, T, D or D / 2] with the scaling, or one complex table (DeepSeek-V2)."""
         probe = torch.empty(0, dtype=torch.float32, device=positions.device)
         by_layer = isinstance(getattr(self.module, "rope_type", None), dict)
         tables = self.module(probe, positions, self.layer_types[layer]) if by_layer else self.module(probe, positions)
@@ -54,16 +54,16 @@ class Rope:
 
     def scaling(self, layer: int = 0) -> float:
         """The attention scaling that the tables carry (1 except for YaRN and its kin)."""
-        tables = self._tables(torch.ones(1, 1, dtype=torch.long, device=self._device()), layer)
+        tables = self.tables(torch.ones(1, 1, dtype=torch.long, device=self._device()), layer)
         return float(sum(t[..., 0].abs() ** 2 for t in tables).sqrt())
 
     def rotate(self, x: Tensor, positions: Tensor, layer: int = 0) -> Tensor:
         """x [B, H, T, D] before RoPE to after RoPE at positions [B, T], float32."""
-        return self._turn(x.float(), *self._tables(positions.to(x.device), layer))
+        return self._turn(x.float(), *self.tables(positions.to(x.device), layer))
 
     def unrotate(self, x: Tensor, positions: Tensor, layer: int = 0) -> Tensor:
         """Invert :meth:`rotate`: the opposite angle, divided by the squared scaling, in float32."""
-        *cos, sin = self._tables(positions.to(x.device), layer)
+        *cos, sin = self.tables(positions.to(x.device), layer)
         back = self._turn(x.float(), *cos, -sin if cos else sin.conj())
         scale = self.scaling(layer)
         if scale == 1.0:

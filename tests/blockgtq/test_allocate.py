@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from blockgtq.allocate import allocate, block_budget, objective
+from blockgtq.allocate import allocate, allocate_tiles, block_budget, objective
 
 WORKED_HEAD = (  # Qwen3-8B, layer 10, KV head 4, mean 3 bits (Figure 1c)
     "2 4 2 4 2 2 1 3 3 2 3 2 2 3 3 2 3 3 2 2 2 3 5 3 3 3 2 5 3 2 3 3 "
@@ -127,3 +127,28 @@ def test_bad_scores(bad):
 def test_bad_limits():
     with pytest.raises(ValueError, match="b_min"):
         allocate(torch.ones(1, 4), 8, b_min=3, b_max=2)
+
+
+def test_tiles_of_one_block_are_the_paper():
+    scores = torch.rand(3, 24, generator=torch.Generator().manual_seed(4)).round(decimals=1)  # with ties
+    assert torch.equal(allocate_tiles(scores, 2.5), allocate(scores, 60))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_tiles_are_the_best_that_share_widths(seed):
+    """Against all ways of splitting six blocks into pairs and all widths of the pairs."""
+    scores = 2 ** (3 * torch.randn(1, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64))
+    widths = allocate_tiles(scores, 7 / 3, 2, b_max=4)
+    assert counts(widths) == [2 * n for n in counts(widths[:, widths[0].argsort()][:, ::2])] and int(widths.sum()) == 14
+    best = min(
+        objective(scores[0, list(order)], torch.tensor(pairs).repeat_interleave(2)).item()
+        for order in itertools.permutations(range(6))
+        for pairs in itertools.product(range(1, 5), repeat=3)
+        if sum(pairs) == 7
+    )
+    assert objective(scores, widths).item() == pytest.approx(best)
+
+
+def test_tiles_must_divide_the_blocks():
+    with pytest.raises(ValueError, match="tile=4 does not divide 6 blocks"):
+        allocate_tiles(torch.ones(1, 6), 2, 4)

@@ -100,6 +100,24 @@ def test_the_fastest_variant_is_drawn_and_every_variant_is_in_the_table(tmp_path
     assert [line.get_ydata().tolist() for line in drawn] == [[0.25]]
 
 
+def test_the_fastest_way_to_call_another_library_is_one_baseline(tmp_path):
+    style.setup()
+    (tmp_path / "latency").mkdir()
+    pd.DataFrame([timing("sdpa_cudnn", 20.0, checked=True), timing("tq_k3v3", 5.0, checked=True)]).to_parquet(tmp_path / "latency" / "decode_attention.parquet")
+    alone = blockgtq_deployment.table(blockgtq_deployment.rows(tmp_path)).markdown()
+    assert "FlashInfer" not in alone and "agreed with its definition within 1e-2." in alone and "tq_k3v3 | 4.000" in alone
+    ways = {"flashinfer fp16, single NHD": 15.0, "flashinfer fp16, xqa HND page 64": 10.0, "flashinfer fp8, xqa HND page 64": 8.0, "flashinfer fp8, batch NHD page 16": 9.0}
+    rows = [timing(way, us, checked=True, flashinfer="0.7") for way, us in ways.items()]
+    pd.DataFrame([*rows, {**rows[2], "metric": "relative error"}]).to_parquet(tmp_path / "latency" / "flashinfer.parquet")
+    found = blockgtq_deployment.rows(tmp_path)
+    speed = latency.speedups(found).query("fastest").set_index("method")["ratio"]
+    assert speed.to_dict() == {"tq_k3v3": 2.0, "flashinfer fp8": 1.25}, "the fastest call at fp16 is what others are compared with"
+    text = blockgtq_deployment.table(found).markdown()
+    above, below = text.split("Microseconds of FlashInfer 0.7 by call")
+    assert "| flashinfer fp16 | 10.0 |" in above and "NHD" not in above and all(f"| {way} | {us:.1f} |" in below for way, us in ways.items())
+    assert "of XQA's products of fp8 within 6e-2" in text and latency_figure.draw(found).axes
+
+
 def test_outputs_that_were_not_right_are_named(tmp_path):
     (tmp_path / "latency").mkdir()
     rows = [timing("sdpa_flash", 20.0, checked=True), timing("tq_k3v3", 10.0, checked=False), timing("tq_k3v3 float16", 1234.0, "encode", "rate", "GB/s", checked=True)]

@@ -73,3 +73,19 @@ def test_a_calibration_reports_as_it_goes_and_says_what_is_extrapolated(late, mo
     steps += [("4 tensors timed", "time so far"), ("4 tensors timed", "extrapolation to 32 layers, K and V"), ("6 tensors timed", "time of 32 layers, K and V")]
     assert [row[:2] for row in found] == steps
     assert found[1][2] == pytest.approx(3 * found[0][2]) and found[3][2] == pytest.approx(1.5 * found[2][2]) and found[0][2] < found[2][2] < found[4][2]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests/kernels/test_append.py has the same on a GPU; here CPU tensors stand for it")
+@pytest.mark.parametrize("wrong", [False, True])
+def test_an_appended_token_is_timed_where_its_codes_are_right(wrong, monkeypatch, capsys):
+    from kernels import append
+
+    for name, value in {"DEVICE": "cpu", "HEADS": 1, "DIM": 32, "LAYERS": 1, "BOX": Box(), "measure": lambda call, sets: [call(i) for i in range(sets)] and 3.0}.items():
+        monkeypatch.setattr(whole, name, value)
+    if wrong:
+        launch = append._launch
+        monkeypatch.setattr(append, "_launch", lambda held, *rest: (launch(held, *rest), held[1].add_(1)))
+    whole.one_token()
+    timed = [row[1] for row in whole.BOX.rows if row[3] == "time"]
+    assert timed == (["as defined"] if wrong else ["one launch", "as defined"]) * 12
+    assert ("not timed" in capsys.readouterr().out) == wrong

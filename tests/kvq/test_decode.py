@@ -27,8 +27,8 @@ def bound(kind: str, **options):
 
 
 @functools.cache
-def vector_codecs(model):
-    node = quants.load("gsrq", 1, quick={**quants.QUICK, "entries": 256})
+def vector_codecs(model, beam=1):
+    node = quants.load("gsrq", 1, quick={**quants.QUICK, "entries": 256, "beam": beam})
     return fit(model, [tokens(1, 300, seed=7)[0]], *(quants.maker(node, kind, 0) for kind in ("key", "value")), seed=0, memory_gb=1)
 
 
@@ -55,6 +55,25 @@ def test_steps_equal_generate(kind, pads):
         assert torch.equal(decoder.ids, expected.tokens[:, t : t + 1])
     with pytest.raises(Refusal, match="more steps"):
         decoder.step()
+
+
+@pytest.mark.parametrize("architecture,beam", [("llama", 1), ("llama_yarn", 1), ("llama", 2)])
+def test_appended_codes_are_those_of_the_codec(architecture, beam):
+    """One launch, or the codec itself where it searches with a beam, writes what the cache of `generate` holds: same positions, same scaling, nothing beside."""
+    ids, mask = pad_left(tokens(2, 31), [0, 6])
+    lm = bind(architecture, functools.partial(vector_codecs, beam=beam), memo=False, attention="fused")
+    expected = generate(lm, ids, mask, steps=4)
+    decoder = Decoder(lm.model, *prefilled(lm, ids, mask), steps=4)
+    assert all((layer.write is None) == (beam > 1) for layer in decoder.cache.layers)
+    for t in range(1, 4):
+        decoder.step()
+        decoder.ids.copy_(expected.tokens[:, t : t + 1])
+    for layer, right in zip(decoder.cache.layers, expected.cache.layers, strict=True):
+        for held, stream in zip(layer.held, right.streams, strict=True):
+            found, codes = held.buffers["codes"], stream.codes["codes"]
+            assert found.shape[2] == 35 and codes.shape[2] == 34
+            assert torch.equal(found[:, :, :31], codes[:, :, :31]) and not found[:, :, 34:].any()
+            assert (found[:, :, 31:34] == codes[:, :, 31:34]).float().mean() > 0.97
 
 
 @pytest.mark.parametrize("kind", KINDS)

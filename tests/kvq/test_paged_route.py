@@ -76,4 +76,4 @@ def test_kernels_serve_the_shipped_quantizers():
         except ValueError:
             continue
         served += [name] if all(hasattr(codec, "paged") for codec in pair) else []
-    assert served == ["blockgtq", "blockgtq_plus", "fp8", "int4", "int8", "kivi", "tq_mse"]
+    assert served == ["blockgtq", "blockgtq_plus", "blockgtq_tiles", "fp8", "int4", "int8", "kivi", "tq_mse"]
