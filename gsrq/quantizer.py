@@ -233,7 +233,7 @@ def _shape(bits: float, piece: int | None, stages: int | None, code_bits: int) -
     if not exact.is_integer() or exact < 1:
         step = code_bits / piece
         near = [f"{step * r:g}" for r in (math.floor(exact), math.ceil(exact)) if r]
-        paper = ", or 0.375, 0.5, 0.75, 1, 2, 4 as in the paper" if (code_bits, piece) == (8, PIECE) else ""
+        paper = "; the paper has 0.375, 0.75, 1 and 2" if (code_bits, piece) == (8, PIECE) else ""
         raise ValueError(
             f"bits={bits:g} is not reachable: with {2**code_bits} entries and pieces of {piece} it must be a multiple of {step:g} (nearest: {' and '.join(near)}){paper}."
         )

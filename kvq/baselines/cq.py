@@ -3,7 +3,7 @@
 Written CQ-<c>c<b>b, b/c bits per value. The table of each (layer, tensor, head, group) minimises sum_n w_n ||x_n - table[code_n]||^2
 with w_n = 1 ("uniform") or the squared loss gradient summed over the group's channels ("fisher", the default of the paper's results).
 
-Departures: k-means++ draws the start from at most 16 vectors per entry; an empty entry is placed anew; k-means stops early once no
+Departures: k-means++ draws the start from at most 32 vectors per entry; an empty entry is placed anew; k-means stops early once no
 assignment changes; weights are scaled to mean 1 per group, which changes nothing but the float32 range.
 """
 

@@ -47,7 +47,7 @@ class KIVI(nn.Module):
 
     @property
     def bits(self) -> float:
-        """Stored bits per value: b + 32/G (codes of a row are padded to whole bytes if b * D is odd)."""
+        """Stored bits per value: b + 32/G (codes of a row are padded to whole bytes)."""
         dim = fitted(self.shape)[1]
         row = dim if self.axis == "token" else self.group * dim
         return 8 * packed_bytes(row, self.code_bits) / row + 32 / self._size(dim)

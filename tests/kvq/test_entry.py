@@ -58,6 +58,7 @@ REFUSED = {
     "mistyped quantizer key": (["quant=gsrq", "quant.key.bem=2"], "quant.key.bem.*Did you mean beam"),
     "bits a word": (["quant=kivi", "bits=abc"], "bits=abc is not a number"),
     "bits unreachable": (["quant=kivi", "bits=0.3"], "bits must be 1, 2, 3 or 4"),
+    "bits between stages": (["quant=gsrq", "bits=0.3"], "nearest: 0.25 and 0.3125.; the paper has 0.375, 0.75, 1 and 2"),
     "bits of the key alone": (["quant=tq_mse", "bits=2", "quant.key.bits=0.3"], "integer number of bits"),
     "bits not finite": (["quant=tq_mse", "bits=nan"], "bits=nan is not a number"),
     "seed a fraction": (["quant=gsrq", "seed=1.5"], "seed=1.5"),
