@@ -39,9 +39,12 @@ def digest(module, rows: pd.DataFrame) -> str:
 
 
 def modules(names: list[str] | None) -> list:
-    """The experiments, in alphabetical order; `names` restricts them."""
-    found = [m.name for m in pkgutil.iter_modules(experiments.__path__) if not m.name.startswith("_") and (not names or m.name in names)]
-    return [m for m in (importlib.import_module(f"experiments.{name}") for name in sorted(found)) if hasattr(m, "rows")]
+    """The experiments, in alphabetical order; `names` restricts them. Raises ValueError for a name that is none."""
+    found = [importlib.import_module(f"experiments.{m.name}") for m in pkgutil.iter_modules(experiments.__path__) if not m.name.startswith("_")]
+    known = {m.__name__.rpartition(".")[2]: m for m in found if hasattr(m, "rows")}
+    if unknown := sorted(set(names or ()) - set(known)):
+        raise ValueError(f"there is no experiment {', '.join(unknown)}; choose from: {', '.join(sorted(known))}.")
+    return [known[name] for name in sorted(set(names or known))]
 
 
 def main(results: Path = Path("results"), names: list[str] | None = None, figures: bool = True, texts: bool = True) -> int:
@@ -75,4 +78,8 @@ if __name__ == "__main__":
     parser.add_argument("names", nargs="*", help="experiments; all if none is named")
     parser.add_argument("--only", choices=("figures", "tables"), help="one of the two; both if not given")
     chosen = parser.parse_args()
+    try:
+        modules(chosen.names)
+    except ValueError as error:
+        parser.error(str(error))
     sys.exit(main(names=chosen.names or None, figures=chosen.only != "tables", texts=chosen.only != "figures"))

@@ -1,6 +1,9 @@
 """Figures are pure functions of rows: same rows, same bytes; changed rows redraw; other sizes and other options stay out."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -58,6 +61,11 @@ def test_make_figures_redraws_what_changed(folder, capsys):
     assert "newcomer" in (folder / "tables" / "pareto.tex").read_text()
 
 
+def test_a_mistyped_experiment_is_refused():
+    run = subprocess.run([sys.executable, "-m", "experiments", "pareto", "beem"], cwd=Path(__file__).resolve().parents[2], capture_output=True, text=True)
+    assert run.returncode == 2 and "there is no experiment beem; choose from: " in run.stderr and not run.stdout
+
+
 def test_a_figure_depends_on_the_modules_that_it_uses():
     from experiments import beam, blockgtq_deployment
     from experiments.__main__ import sources
@@ -109,10 +117,6 @@ def test_names_beside_lines_do_not_overlap():
 
 
 def test_drawing_needs_no_torch(folder):
-    import subprocess
-    import sys
-    from pathlib import Path
-
     code = f"""
 import sys; sys.modules['torch'] = None
 from pathlib import Path
