@@ -7,7 +7,6 @@ import pandas as pd
 from experiments import scores
 
 QUANTS = ("tq_mse", "blockgtq", "kivi_scale_only")
-BUDGETS = ("key.bits", "value.bits")
 
 
 def rows(results: Path = Path("results"), model: str = "standin") -> pd.DataFrame:

@@ -12,10 +12,10 @@ CONF = Path(__file__).resolve().parent.parent / "conf"
 
 @cache
 def shipped(quant: str) -> dict:
-    """conf/quant/<quant>.yaml flattened to {dotted key: value}, interpolations and bits left out; empty if it is gone."""
+    """conf/quant/<quant>.yaml flattened to {dotted key: value}, bits left out; empty if it is gone."""
     path = CONF / "quant" / f"{quant}.yaml"
     flat = flatten(yaml.safe_load(path.read_text())) if path.is_file() else {}
-    return {k: v for k, v in flat.items() if not k.endswith("bits") and not str(v).startswith("${")}
+    return {k: v for k, v in flat.items() if not k.endswith("bits")}
 
 
 def flatten(node: dict, prefix: str = "") -> dict:
@@ -27,16 +27,13 @@ def flatten(node: dict, prefix: str = "") -> dict:
 
 
 def changes(quant: str, config: str) -> dict:
-    """Options in which a run differs from the shipped YAML of its method: {dotted key: value}."""
-    ran = flatten(json.loads(config)["quant"])
-    return {k: ran[k] for k, v in shipped(quant).items() if k in ran and ran[k] != v and not (isinstance(v, float) and float(ran[k]) == v)}
+    """Options in which a run differs from the shipped YAML of its method, those it adds (+quant.key.tile=8) among them: {dotted key: value}.
 
-
-def default_runs(rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows of runs that changed no option of their quantizer and used the default prefill."""
-    runs = rows.drop_duplicates("run")
-    plain = {r.run for r in runs.itertuples() if not changes(r.quant, r.config) and json.loads(r.config)["prefill"] == "quantized"}
-    return rows[rows.run.isin(plain)]
+    What the YAML takes from another option is that option's change.
+    """
+    given, ran = shipped(quant), flatten(json.loads(config)["quant"])
+    differ = {k: ran[k] for k, v in given.items() if k in ran and ran[k] != v and not str(v).startswith("${") and not (isinstance(v, float) and float(ran[k]) == v)}
+    return differ | ({k: v for k, v in ran.items() if k not in given and not k.endswith("bits")} if given else {})
 
 
 def averages(rows: pd.DataFrame, metric: str) -> pd.DataFrame:

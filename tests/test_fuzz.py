@@ -126,7 +126,7 @@ def test_predictions_of_the_reference(home):
     cfg.force, refused = True, 0
     reference = runner._reference(cfg, choices).path.with_suffix(".jsonl")
     for seed in range(25):
-        assert corrupt(reference, random.Random(seed)) or True
+        corrupt(reference, random.Random(seed))
         refused += ended(lambda: runner.run(cfg, choices), expected)
         restore()
     assert refused > 15

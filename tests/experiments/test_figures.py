@@ -91,6 +91,8 @@ def test_of_sizes_with_equally_many_runs_the_longest_calibration_is_drawn(tmp_pa
 def test_changed_options_are_not_the_shipped_method(folder):
     changed = {**CONFIG, "quant": {"key": {"cluster": {"start": "random"}}, "value": {}}}
     assert choice.changes("km", json.dumps(changed)) == {"key.cluster.start": "random"}
+    assert choice.changes("gsrq", json.dumps({"quant": {"key": {"codebook": "float8", "code_bits": 9}}})) == {"key.codebook": "float8"}, "an option that the YAML leaves out"
+    assert choice.changes("a method that is gone", json.dumps(changed)) == {}
     stray = write(folder, "gsrq", 1.0, 0, 0.001, config=changed)
     assert stray not in set(committed.shipped(committed.load(folder))["run"])
     assert stray in set(committed.shipped(committed.load(folder), ("key.cluster.start",))["run"])
@@ -178,7 +180,7 @@ def test_budget_tells_starts_apart_and_counts_seeds(tmp_path):
 def test_a_streamed_run_stands_beside_the_same_windows_in_one_pass(folder):
     assert "token by token" not in pareto.table(pareto.rows(folder)).markdown()
     for limit, step, value in ((4, True, 0.25), (4, False, 0.5), (8, True, 0.125)):
-        write(folder, "kivi", 2, 0, value, config={**CONFIG, "task": {"limit": limit, "streamed": step}}, calib="none")
+        write(folder, "kivi", 2, 0, value, config={**CONFIG, "quant": {"key": {}, "value": {}}, "task": {"limit": limit, "streamed": step}}, calib="none")
     made = pareto.table(pareto.rows(folder)).markdown()
     assert "token by token" in made and "| KIVI (window 128) | 2/2 | 2.000 | 4 | 0.500 ± 0.100 | 0.250 ± 0.100 |" in made
 
