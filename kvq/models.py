@@ -55,9 +55,11 @@ def load(path: str, revision: str | None = None, dtype: str = "auto", device: st
 
 
 def resolve(dtype: str, device: str) -> tuple[str, str]:
-    """(dtype, device) with `auto` replaced. Raises Refusal on an unknown dtype."""
+    """(dtype, device) with `auto` replaced. Raises Refusal on an unknown dtype and on a GPU that is not there."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and int(device.partition(":")[2] or 0) >= torch.cuda.device_count():
+        raise Refusal(f"model.device={device}: there are {torch.cuda.device_count()} CUDA devices here; use model.device=auto or cpu.")
     if dtype == "auto":
         dtype = "float32" if device == "cpu" else "bfloat16"
     if dtype not in ("float32", "bfloat16", "float16"):

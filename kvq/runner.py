@@ -25,11 +25,14 @@ EVERYTHING = ("calib", "seed")
 
 def prepare(cfg: DictConfig, choices: dict[str, str]) -> Cell:
     """Check all that can be checked without the model, and name the run. Raises Refusal with a sentence."""
-    if isinstance(cfg.bits, bool) or not isinstance(cfg.bits, (int, float)) or not math.isfinite(cfg.bits):
-        raise Refusal(f"bits={cfg.bits} is not a number.")
-    for key, number in (("seed", cfg.seed), ("quant.sink", cfg.quant.sink), ("quant.window", cfg.quant.window)):
-        if isinstance(number, bool) or not isinstance(number, int) or number < 0:
-            raise Refusal(f"{key}={number} is not a whole number from 0 on.")
+    for key, bits in (("bits", cfg.bits), ("quant.key.bits", cfg.quant.key.bits), ("quant.value.bits", cfg.quant.value.bits)):
+        if isinstance(bits, bool) or not isinstance(bits, (int, float)) or not math.isfinite(bits):
+            raise Refusal(f"{key}={bits} is not a number.")
+    whole = {"seed": (cfg.seed, 0), "quant.sink": (cfg.quant.sink, 0), "quant.window": (cfg.quant.window, 0)}
+    whole |= {"calib.samples": (cfg.calib.samples, 1), "calib.length": (cfg.calib.length, 1), "calib.offset": (cfg.calib.offset, 0)}
+    for key, (number, least) in whole.items():
+        if isinstance(number, bool) or not isinstance(number, int) or number < least:
+            raise Refusal(f"{key}={number} is not a whole number from {least} on.")
     parts.check(cfg.part, cfg.parts, cfg.force)
     if cfg.prefill not in PREFILLS:
         raise Refusal(f"prefill={cfg.prefill} is not one of {', '.join(PREFILLS)}.")
