@@ -9,6 +9,7 @@ from kvq.compiled import Step
 from kvq.decode import Decoder
 from tests.kvq.codecs import generate, library, pad_left, tokens
 from tests.kvq.test_decode import KINDS, bound, prefilled
+from tests.kvq.test_paged_route import codecs
 
 pytestmark = pytest.mark.skipif(not backend._installed(), reason="Triton is not installed here")
 
@@ -41,3 +42,22 @@ def test_call_by_call_is_an_error(monkeypatch):
     decoder.compiled = Step(lm.model)
     with torch.compiler.set_stance("force_eager"), pytest.raises(RuntimeError, match="call by call"):
         decoder.step()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_compiled_step_is_captured():
+    from kvq import tiny
+    from kvq.models import LM
+
+    model, tokenizer = tiny.load("qwen25", "float16", "cuda")
+    lm = LM(model, tokenizer, "qwen25", codecs("blockgtq", 3)(model), memo=False, attention="fused")
+    ids, mask = (x.cuda() for x in pad_left(tokens(2, 31), [0, 6]))
+    expected = generate(lm, ids, mask, steps=5)
+    decoder = Decoder(model, *prefilled(lm, ids, mask), steps=4)
+    decoder.compiled = Step(model)
+    decoder.capture()
+    for t in range(1, 5):
+        torch.testing.assert_close(decoder.step(), expected.logits[:, t], atol=3e-2, rtol=0, check_dtype=False)
+        decoder.ids.copy_(expected.tokens[:, t : t + 1])
+    assert decoder.compiled.graphs == 1
