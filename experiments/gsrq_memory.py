@@ -35,6 +35,7 @@ def measured(results: Path) -> pd.DataFrame:
     steps = latency.steps(results, vector=True)
     if steps.empty:
         return pd.DataFrame()
+    steps = latency.whole(steps)
     steps = steps[(steps["model"] == "random_llama31_8b") & (steps["quant"] == "gsrq") & (steps["bits"] == 0.75) & (steps["tokens"] == TOKENS)]
     found = [steps[["batch"]].assign(arm=arm, value=steps[column] / 1e9) for arm, column in (("measured GSRQ", "peak"), ("measured FP16", "flash_peak"))]
     return pd.concat(found).dropna().astype({"batch": int})

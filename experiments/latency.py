@@ -1,4 +1,5 @@
-"""Timings of results/latency: of kernels, as their benchmarks write them, and of whole decoding steps, as task=latency writes them to its runs.
+"""Timings of results/latency: of kernels, as their benchmarks write them, and of whole decoding steps, as task=latency and task=latency_compiled
+write them to their runs.
 
 Column `kind` tells them apart: kernel, decode attention of one layer; memory, steps at equal memory; part, anything else that was timed; step, whole steps.
 """
@@ -19,7 +20,9 @@ LIBRARY = "flashinfer"
 """Methods that begin so are another library's, called in many ways: the fastest way stands for them in tables as well, all ways in one of their own."""
 GONE = "replaced"
 """In a provider's name: a version that is not in the tree any more. Tables leave it out; kernels/NOTES.md keeps what it taught."""
-STEP = r"(?P<memory>b\d+|[\d.]+GB) t\d+ (?P<how>\w+) (?P<route>\w+)"
+STEP = r"(?P<memory>b\d+|[\d.]+GB) t\d+ (?P<how>\w+) (?P<route>\w+)(?: compiled)?"
+TASKS = ["latency", "latency_compiled"]
+"""Tasks that time whole steps; rows of the second say in `compiled` how both sides were compiled."""
 VECTOR = ("gsrq", "gskm", "km", "vqllm", "cq")
 """Methods with codebooks begin so; their steps belong to GSRQ's tables, all others to Block-GTQ's."""
 MEASURES = {
@@ -30,7 +33,7 @@ MEASURES = {
     "bytes/weights": "weights", "bytes/peak": "peak", "bytes/fp16_flash_peak": "flash_peak", "rate/of_roofline": "of_roofline",
 }  # fmt: skip
 STEP_COLUMNS = {
-    "model": "model", "quant": "quant", "bits": "bits", "bits_stored": "stored bits", "piece": "D", "memory": "held", "tokens": "tokens each",
+    "model": "model", "quant": "quant", "bits": "bits", "bits_stored": "stored bits", "piece": "D", "compiled": "compiled", "memory": "held", "tokens": "tokens each",
     "batch": "sequences", "median": "step, ms", "p5": "p5", "p95": "p95", "flash": "fp16 flash, ms", "cudnn": "fp16 cuDNN, ms", "fp16_batch": "fp16 sequences",
     "speed": "tokens/s over fp16's", "per_second": "tokens/s", "prefill": "prefill, ms", "flash_prefill": "flash prefill, ms", "cudnn_prefill": "cuDNN prefill, ms",
     "encode": "encode, tokens/s", "of_roofline": "share of copy rate", "cache": "cache, GB", "weights": "weights, GB", "peak": "peak, GB",
@@ -43,9 +46,9 @@ MISSING = "No whole step has been timed on a GPU yet: `python run.py -m experime
 
 
 def steps(results: Path, vector: bool) -> pd.DataFrame:
-    """One row per run and example of task=latency that ran as a graph, metrics as columns (`MEASURES`); NaN where a part failed. `kind` is step."""
+    """One row per run and example of TASKS that ran as a graph, metrics as columns (`MEASURES`); NaN where a part failed. `kind` is step."""
     path = Path(results) / "latency"
-    frame = committed.load(path, task="latency") if path.is_dir() else pd.DataFrame()
+    frame = committed.load(path, task=TASKS) if path.is_dir() else pd.DataFrame()
     if frame.empty:
         return frame
     frame = frame[frame["quant"].str.startswith(VECTOR) == vector].assign(piece=lambda f: committed.option(f, "quant.key.piece"))
@@ -54,8 +57,9 @@ def steps(results: Path, vector: bool) -> pd.DataFrame:
         index=["model", "quant", "bits", "bits_stored", "piece", "run", "subset", "device", "date"], columns="metric", values="value", dropna=False, observed=True
     )
     wide = wide.dropna(how="all").reindex(columns=list(MEASURES)).rename(columns=MEASURES).reset_index()
-    wide = wide.join(wide["subset"].str.extract(STEP))
-    return wide[wide["how"] == "graph"].assign(kind="step").sort_values(["model", "quant", "bits", "tokens", "batch"], ignore_index=True)
+    runs = frame.drop_duplicates("run")
+    wide = wide.join(wide["subset"].str.extract(STEP)).assign(compiled=wide["run"].map(dict(zip(runs["run"], committed.option(runs, "task.compile")))))
+    return wide[wide["how"] == "graph"].assign(kind="step").sort_values(["model", "quant", "bits", "compiled", "tokens", "batch"], na_position="first", ignore_index=True)
 
 
 def load(results: Path, file: str) -> pd.DataFrame:
@@ -120,8 +124,9 @@ def speedups(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def whole(rows: pd.DataFrame) -> pd.DataFrame:
-    """Whole steps alone, peaks in GB as well."""
+    """Whole steps alone, those that were not compiled, peaks in GB as well."""
     steps = rows[rows["kind"] == "step"]
+    steps = steps[steps["compiled"].isna()] if len(steps) else steps
     return steps.assign(**{f"{name}_gb": steps[name] / 1e9 for name in ("peak", "flash_peak") if name in steps})
 
 

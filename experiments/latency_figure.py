@@ -45,7 +45,7 @@ def draw(rows: pd.DataFrame):
     last of them, and tokens per second at equal memory where measured. Below, for whole steps: milliseconds, one panel per model, speed and peak memory."""
     shown = rows[(rows["kind"] != "kernel") | (rows["batch"] == 1) & rows["fastest"].eq(True) & ~rows["method"].astype(str).str.fullmatch(ASIDE)]
     part, memory, whole = (shown[shown["kind"] == kind] for kind in ("kernel", "memory", "step"))
-    shapes, models = sorted(part.groupby(["heads", "kv"]).groups), sorted(whole["model"].unique()) if len(whole) else []
+    shapes, models = sorted(part.groupby(["heads", "kv"]).groups), list(whole.groupby(["model", whole["compiled"].fillna("")]).groups) if len(whole) else []
     across = max(len(shapes) + 1 + bool(len(memory)), len(models) + 2 + bool(len(_equal(whole))) if models else 0)
     figure, grid = plt.subplots(1 + bool(models), across, figsize=(style.PAGE, 4.6 if models else 2.4), squeeze=False)
     for axis, (heads, kv) in zip(grid[0], shapes):
@@ -123,23 +123,25 @@ def _bars(axis, texts: list[str], values, sequences, colours: list[str]) -> None
 
 
 def _equal(whole: pd.DataFrame) -> pd.DataFrame:
-    """Steps whose batch fills a given memory."""
-    return whole[whole["memory"].str.endswith("GB") & whole["per_second"].notna()] if len(whole) else whole
+    """Steps whose batch fills a given memory, those that were not compiled."""
+    return whole[whole["memory"].str.endswith("GB") & whole["per_second"].notna() & whole["compiled"].isna()] if len(whole) else whole
 
 
 def _called(quant: str, bits: float, piece: float, many: bool) -> str:
     return f"{style.label(quant)} {style.bits(bits)}" + (f", D = {piece:g}" if many else "")
 
 
-def _steps(axes, whole: pd.DataFrame, models: list[str]) -> None:
-    """Milliseconds of one sequence's step by model, speed against the fastest fp16, peak memory, and tokens per second at equal memory."""
+def _steps(axes, whole: pd.DataFrame, models: list[tuple[str, str]]) -> None:
+    """Milliseconds of one sequence's step by model, once more (open markers) where it was compiled, speed against the fastest fp16, peak memory, and tokens
+    per second at equal memory."""
     one, equal = whole[whole["memory"] == "b1"].dropna(subset=["median"]), _equal(whole)
     groups, styles = ["quant", "bits", "piece"], ("-", "--", "-.", ":")
-    for axis, model in zip(axes, models):
-        here, ends = one[one["model"] == model], []
+    for axis, (model, compiled) in zip(axes, models):
+        here, ends = one[(one["model"] == model) & (one["compiled"].fillna("") == compiled)], []
         for at, ((quant, bits, piece), cells) in enumerate(here.groupby(groups, dropna=False)):
             many = cells["quant"].iloc[0] in set(here.loc[here["piece"] != piece, "quant"]) and piece == piece
             look = {"color": style.color(quant), "marker": style.marker(quant), "markersize": 3, "linestyle": styles[at % 4]}
+            look |= {"markerfacecolor": "white"} if compiled else {}
             axis.errorbar(cells["tokens"], cells["median"], [cells["median"] - cells["p5"], cells["p95"] - cells["median"]], capsize=1.5, **look)
             axes[len(models)].plot(cells["tokens"], cells["speed"], **look)
             axes[len(models) + 1].plot(cells["tokens"], cells["peak"] / 1e9, **look)
@@ -157,7 +159,7 @@ def _steps(axes, whole: pd.DataFrame, models: list[str]) -> None:
         style.plain_log(axis, "y", 10)
         _tokens(axis)
         style.name_ends(axis, ends)
-        axis.set_title("shape of " + SHAPES.get(model, model))
+        axis.set_title("shape of " + SHAPES.get(model, model) + (", compiled" if compiled else ""))
     axes[0].set_ylabel("whole step, one sequence (ms)")
     _unity(axes[len(models)])
     axes[len(models)].set_ylabel("speed (fastest fp16 = 1)")

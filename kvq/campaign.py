@@ -29,7 +29,7 @@ SLOWEST = ("niah", "longbench", "aime", "choices", "perplexity")
 """The order in which tasks are handed out, others after them: a long cell that starts last is waited for by all."""
 CROWDED = ("out of memory", "not fit in memory")
 """What the sentence of a cell says that found a GPU full of other cells: it is computed again at the end, with a GPU to itself."""
-ALONE = ("latency",)
+ALONE = ("latency", "latency_compiled")
 """Tasks that need the machine to themselves; they are left to `python -m kvq.bench_decode`."""
 
 

@@ -183,7 +183,8 @@ class ExactStep(StepLayer):
 class Decoder:
     """Greedy decoding of `steps` more tokens at most after a filled cache, which is used up. `ids` [B, 1] holds the token to be fed next.
 
-    still: every step is the one after the present tokens, for timing. route: what reads the cache.
+    still: every step is the one after the present tokens, for timing. route: what reads the cache. compiled: a `kvq.compiled.Step` that runs the
+    model from the next step on, if set.
     """
 
     def __init__(self, model, cache: QuantizedCache | DynamicCache, ids: Tensor, steps: int, still: bool = False):
@@ -198,7 +199,7 @@ class Decoder:
         self.open = torch.ones(len(ids), 1, 1, 1, dtype=torch.bool, device=ids.device)  # a mask made beforehand, which no layer reads
         self.moves = all(kind.moves for kind in kinds)
         self.route = "sdpa" if exact else "kernels" if ids.is_cuda else "interpreter" if backend.INTERPRET and kinds[0] is PagedStep else "definition"
-        self.graph = self.logits = None
+        self.graph = self.logits = self.compiled = None
 
     @torch.inference_mode()
     def step(self) -> Tensor:
@@ -217,7 +218,10 @@ class Decoder:
 
     def _step(self) -> Tensor:
         positions = self.progress.begin()
-        logits = self.model(self.ids, attention_mask=self.open, position_ids=positions, past_key_values=self.cache, use_cache=True).logits[:, -1]
+        if self.compiled is None:
+            logits = self.model(self.ids, attention_mask=self.open, position_ids=positions, past_key_values=self.cache, use_cache=True).logits[:, -1]
+        else:
+            logits = self.compiled(self.cache.layers, self.ids, self.open, positions)
         self.ids.copy_(logits.argmax(-1, keepdim=True))
         self.progress.end()
         return logits

@@ -2,7 +2,8 @@
 
 An example is (batch, cached tokens). A step is the whole model with one new token per row, always at the same length. Its subset says how it
 ran: `graph` (one CUDA graph, on a GPU) or `eager` (call by call, on a CPU), then what read the cache: `kernels`, `emulated` (the same kernels
-without a GPU: interpreted, or their torch definitions) or `reference` (decoded, then SDPA; on a GPU as well `eager`).
+without a GPU: interpreted, or their torch definitions) or `reference` (decoded, then SDPA; on a GPU as well `eager`), and `compiled` where
+both sides ran everything but attention through torch.compile (`compile`); prompts and encoding are timed without it alone.
 
 step_ms                     median, and /p5, /p95; tokens_per_second = batch / step
 fp16_<backend>_ms           the same for an fp16 cache through SDPA with shared KV heads: flash and cudnn on a GPU, sdpa on a CPU; speedup: the
@@ -13,12 +14,13 @@ bytes/weights, bytes/cache  the model's parameters; codes, exact tokens and code
 prefill_ms                  one row: a prompt of the example's tokens, if at most `prefill`, through an empty cache, last logits only, fp16 beside it
 encode_tokens_per_second    one row: keys and values of all layers, appended behind a few tokens
 check/difference            the kernels' attention against decoded keys and values, at the example's length; beyond 1e-2 there is no time
+check/<side>_compiled       logits of the compiled step against those of the same step call by call, on either side
+compiled/graphs, kernels    graphs compiled so far in this run, one per batch, and the kernels that the compiler wrote for them; compiled/seconds
 failed/<part>               1 where a part could not be measured; the record says why
 shape/break_even_tokens     derived from the examples of one batch: the cached tokens from which a step is faster than the fastest fp16
 """
 
 import contextlib
-import copy
 import gc
 import itertools
 import time
@@ -29,9 +31,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache
 
 from kernels import timing
-from kernels.attention import attend
-from kvq import fill, report
-from kvq.cache import QuantizedCache, coded_shapes
+from kvq import distance, fill, report
+from kvq.cache import coded_shapes
+from kvq.compiled import MODES, Step
 from kvq.decode import Decoder
 from kvq.errors import Refusal
 from kvq.models import no_single
@@ -39,15 +41,12 @@ from kvq.records import Example, Record
 
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 
-LIMIT = 1e-2
-"""Largest relative distance from the definition of what is timed, in float16."""
-
 
 class Latency:
     """context, batch: lists, every pair is an example, or `pairs` of (batch, context) instead; batch null: as many rows as `cache_gb` holds.
 
     prefill: longest prompt that is timed, 0 for none; chunk: its pieces. repeats: steps; seconds: for each part of an example at most; box: after
-    so many seconds no further example begins, each of them is a row that says so.
+    so many seconds no further example begins, each of them is a row that says so. compile: a mode of `kvq.compiled`, for both sides.
     """
 
     metric, data, one_pass = "step_ms", "synthetic", False
@@ -68,6 +67,7 @@ class Latency:
         limit: int | None,
         batch_size: int = 1,
         seed: int = 0,
+        compile: str | None = None,
     ):
         listed = lambda x: x if isinstance(x, list) else [x]  # noqa: E731
         self.pairs = [tuple(pair) for pair in pairs] if pairs else list(itertools.product(listed(batch), listed(context)))
@@ -80,15 +80,19 @@ class Latency:
             if not whole(tokens, 2) or not (whole(rows, 1) or rows is None and cache_gb):
                 raise Refusal(f"task.pairs holds {list(pair)}: give [batch, tokens] as whole numbers, or batch null with task.cache_gb.")
         self.pairs, self.cache_gb, self.prefill, self.chunk, self.encode = self.pairs[:limit], cache_gb, prefill, chunk, encode
-        self.repeats, self.seconds, self.box = repeats, seconds, box
+        if compile is not None and compile not in MODES:
+            raise Refusal(f"task.compile={compile} is not one of {', '.join(MODES)}.")
+        self.repeats, self.seconds, self.box, self.compile, self.compiled = repeats, seconds, box, compile, None
 
     def examples(self, lm) -> list[Example]:
         """Payload (batch, tokens, batch of fp16)."""
         lm.options["memo"] = False  # a decoded copy would be neither read nor counted
         cuda, fused = lm.device.type == "cuda", lm.options["attention"] == "fused"
+        if self.compile and not fused:
+            raise Refusal("task.compile is for steps whose attention reads codes; use attention=fused, or task=latency.")
         if cuda and not fused:
             report.say("Codes are decoded and then attended to, call by call; attention=fused times the kernels.")
-        how = f"{'graph' if cuda and fused else 'eager'} {('kernels' if cuda else 'emulated') if fused else 'reference'}"
+        how = f"{'graph' if cuda and fused else 'eager'} {('kernels' if cuda else 'emulated') if fused else 'reference'}{' compiled' if self.compile else ''}"
         found = []
         for rows, tokens in self.pairs:
             ours, theirs = (rows, rows) if rows else self._rows(lm, tokens)
@@ -109,6 +113,7 @@ class Latency:
     def run(self, lm, examples: list[Example]) -> Iterator[Record]:
         begun = time.monotonic()
         rate = timing.bandwidth(lm.device) if examples else 0.0
+        self.compiled = Step(lm.model, self.compile) if self.compile else None
         for example in examples:
             rows, tokens, plain_rows = example.payload
             shape = {"shape/batch": float(rows), "shape/tokens": float(tokens), "shape/fp16_batch": float(plain_rows), "rate/copy_gb_per_s": rate / 1e9}
@@ -124,7 +129,7 @@ class Latency:
                     reasons[name] = f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
                     metrics[f"failed/{name}"] = 1.0
                     report.say(f"{example.subset}: {name} failed: {reasons[name]}")
-            metrics |= shape
+            metrics |= shape | (self.compiled.account() if self.compiled else {})
             fastest = min((metrics[f"fp16_{name}_ms"] / plain_rows for name in _backends(lm) if f"fp16_{name}_ms" in metrics), default=None)
             if fastest and "step_ms" in metrics:
                 metrics["speedup"] = fastest * rows / metrics["step_ms"]
@@ -157,9 +162,9 @@ class Latency:
     def _parts(self, lm, rows: int, tokens: int, plain_rows: int, rate: float) -> dict[str, Callable[[], dict]]:
         parts = {"step": lambda: self._step(lm, rows, tokens, rate)}
         parts |= {f"fp16_{name}": lambda name=name: self._plain(lm, name, plain_rows, tokens) for name in _backends(lm)}
-        if rows == 1:
+        if rows == 1 and not self.compile:
             parts["encode"] = lambda: self._encode(lm, min(tokens, self.encode))
-        if rows == 1 and tokens <= self.prefill:
+        if rows == 1 and tokens <= self.prefill and not self.compile:
             prompt = fill.random_ids(lm, 1, tokens)
             parts["prefill"] = lambda: self._prefill(lm, "prefill", lambda: fill.fresh(lm), prompt.split(no_single(self.chunk, prompt.shape[1]), 1), None)
             for name in _backends(lm):
@@ -174,8 +179,10 @@ class Latency:
             lm.book(name, amount)
         found = {}
         if lm.options["attention"] == "fused":
-            found["check/difference"] = _checked(difference(lm, cache), "the kernels' attention differs from its definition")
-            times, peak = self._decode(Decoder(lm.model, cache, ids, steps=1, still=True))
+            found["check/difference"] = distance.checked(distance.of_kernels(lm, cache), "the kernels' attention differs from its definition")
+            decoder = Decoder(lm.model, cache, ids, steps=1, still=True)
+            found |= self._compile(decoder, "step")
+            times, peak = self._decode(decoder)
         else:
             positions = lambda: torch.full_like(ids, cache.get_seq_length())  # noqa: E731
             times, peak = self._clock(lm, lambda: lm.model(ids, position_ids=positions(), past_key_values=cache, use_cache=True)), 0
@@ -193,8 +200,15 @@ class Latency:
     def _plain(self, lm, name: str, rows: int, tokens: int) -> dict[str, float]:
         decoder = Decoder(lm.model, fill.exact(lm.model, rows, tokens), fill.random_ids(lm, rows, 1), steps=1, still=True)
         with _only(name):
+            found = self._compile(decoder, f"fp16_{name}")
             times, peak = self._decode(decoder, graph=lm.options["attention"] == "fused")
-        return {**_series(f"fp16_{name}_ms", times), f"fp16_{name}_tokens_per_second": rows / times.median * 1e3} | ({f"bytes/fp16_{name}_peak": peak} if peak else {})
+        return found | {**_series(f"fp16_{name}_ms", times), f"fp16_{name}_tokens_per_second": rows / times.median * 1e3} | ({f"bytes/fp16_{name}_peak": peak} if peak else {})
+
+    def _compile(self, decoder: Decoder, side: str) -> dict[str, float]:
+        """Let the compiled step take over, if there is one."""
+        if self.compiled is None:
+            return {}
+        return {f"check/{side}_compiled": distance.of_compiled(decoder, self.compiled)}
 
     def _decode(self, decoder: Decoder, graph: bool = True) -> tuple[timing.Spread, int]:
         """(times of a step, peak bytes from the filled cache on); as a graph on a GPU."""
@@ -206,7 +220,7 @@ class Latency:
             eager = decoder.step().float()
             decoder.ids.copy_(ids)
             decoder.capture()
-            _checked(_relative(decoder.step(), eager), "the graph's logits differ from those of the same step call by call")
+            distance.checked(distance.relative(decoder.step(), eager), "the graph's logits differ from those of the same step call by call")
         times = timing.clock(decoder.step, decoder.ids.device, self.repeats, self.seconds)
         return times, torch.cuda.max_memory_allocated() if cuda else 0
 
@@ -246,30 +260,6 @@ class Latency:
                 times.append(_now(lm) - start)
         found = timing.spread(times)
         return {**_series(f"{metric}_ms", found), f"{metric}_tokens_per_second": total / found.median * 1e3, "shape/prefill_tokens": float(total)}
-
-
-def difference(lm, cache: QuantizedCache) -> float:
-    """Relative distance of the kernels' attention of random queries, last layer and last row, from that of decoded keys and values."""
-    layer, config = cache.quantized_layers[-1], lm.model.config.get_text_config(decoder=True)
-    key, value = layer.streams
-    rows, dim = len(layer.pads), key.tail.shape[-1]
-    query = torch.randn(rows, config.num_attention_heads, dim, device=lm.device, dtype=lm.model.dtype)
-    ours, _ = layer.fused.attend(query, key.held, value.held, key.length, scale=dim**-0.5, first=None, positions=key.positions)
-    twins = [copy.copy(stream) for stream in (key, value)]
-    for twin in twins:
-        twin.select(torch.tensor([rows - 1]))
-    theirs, _ = attend(query[-1:], *(twin.read() for twin in twins), dim**-0.5)
-    return _relative(ours[-1:], theirs)
-
-
-def _relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    return float((ours.float() - theirs.float()).norm() / theirs.float().norm())
-
-
-def _checked(distance: float, problem: str) -> float:
-    if not distance <= LIMIT:  # NaN as well
-        raise RuntimeError(f"{problem} by {distance:.2g}, relative; what is wrong is not timed.")
-    return distance
 
 
 def _backends(lm) -> list[str]:

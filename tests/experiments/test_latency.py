@@ -23,11 +23,12 @@ def folder(tmp_path):
     return tmp_path
 
 
-def write(folder, quant, bits, examples, how="graph kernels", model="random_llama31_8b"):
+def write(folder, quant, bits, examples, how="graph kernels", model="random_llama31_8b", compiled=None):
     """One run; examples: subset without `how` to metrics."""
-    run = results.run_id({"quant": quant, "bits": bits, "how": how, "model": model})
-    options = {"model": {"name": model}, "task": {"how": how}, "calib": {}, "prefill": "quantized", "seed": 0, "quant": {"key": {"piece": 128, "bits": bits}}}
-    common = {"run": run, "model": model, "quant": quant, "task": "latency", "data": "synthetic", "calib": "text", "bits": bits, "bits_stored": bits, "bits_total": bits,
+    run = results.run_id({"quant": quant, "bits": bits, "how": how, "model": model, "compiled": compiled})
+    task, given = ("latency_compiled", {"compile": compiled}) if compiled else ("latency", {})
+    options = {"model": {"name": model}, "task": {"how": how, **given}, "calib": {}, "prefill": "quantized", "seed": 0, "quant": {"key": {"piece": 128, "bits": bits}}}
+    common = {"run": run, "model": model, "quant": quant, "task": task, "data": "synthetic", "calib": "text", "bits": bits, "bits_stored": bits, "bits_total": bits,
               "encoded_tokens": 10, "stderr": 0.0, "n": 1, "seed": 0, "config": json.dumps(options), "commit": "c", "dirty": False,
               "date": "2026-11-30T00:00:00Z", "device": "a GPU", "torch": "", "transformers": ""}  # fmt: skip
     rows = [{**common, "subset": f"{subset} {how}", "metric": name, "value": value} for subset, metrics in examples.items() for name, value in metrics.items()]
@@ -61,6 +62,20 @@ def test_steps_are_drawn_and_go_to_their_own_paper(folder):
         text = module.table(rows).markdown()
         assert "Whole steps in one CUDA graph, milliseconds" in text and "a GPU, 2026-11-30" in text and all(word in text for word in words)
         assert "has been timed on a GPU yet" not in text and len({axis.get_subplotspec().rowspan.start for axis in module.draw(rows).axes}) == 2
+
+
+def test_compiled_steps_stand_beside_the_others(folder):
+    style.setup()
+    cell = {"b1 t8192": example(1, 8192, 3.0, 3.5), "b1 t131072": example(1, 131072, 4.0, 5.0)}
+    write(folder, "blockgtq", 3.0, cell, model="random_qwen25_3b")
+    before = blockgtq_deployment.rows(folder)
+    faster = {"b1 t8192": example(1, 8192, 1.25, 1.5), "b1 t131072": example(1, 131072, 2.25, 2.0)}
+    write(folder, "blockgtq", 3.0, faster, how="graph kernels compiled", model="random_qwen25_3b", compiled="default")
+    rows = blockgtq_deployment.rows(folder)
+    pd.testing.assert_frame_equal(blockgtq_deployment.whole(rows)[["tokens", "median"]], blockgtq_deployment.whole(before)[["tokens", "median"]])
+    text, titles = blockgtq_deployment.table(rows).markdown(), [axis.get_title() for axis in blockgtq_deployment.draw(rows).axes]
+    assert "| default |" in text and "2.25" in text and "| compiled |" in text and "compiled" not in blockgtq_deployment.table(before).markdown()
+    assert "shape of Qwen2.5-3B" in titles and "shape of Qwen2.5-3B, compiled" in titles
 
 
 def test_measured_peaks_join_the_memory_figure(folder):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kernels import backend
-from kvq import fill, report, runner
+from kvq import compiled, fill, report, runner
 from kvq.errors import Refusal
 from kvq.tasks import latency
 from tests.kvq.codecs import bind
@@ -70,6 +70,32 @@ def test_without_a_kernel_the_row_says_reference():
     _, (record,) = records(bind("llama"), context=[40], batch=[2])
     assert record["subset"] == "b2 t40 eager reference" and record["metrics"]["step_ms"] > 0 and not record["reasons"]
     assert "prefill_ms" not in record["metrics"], "prompts are timed for one row"
+
+
+def test_a_compiled_step_is_compared_and_its_row_says_so():
+    task, (record,) = records(vectors(), context=[64], batch=[2], compile="default")
+    m = record["metrics"]
+    assert record["subset"] == "b2 t64 eager emulated compiled" and not record["reasons"]
+    assert m["step_ms"] > 0 and m["fp16_sdpa_ms"] > 0 and m["compiled/graphs"] == 1, "both sides run one graph"
+    assert max(m["check/step_compiled"], m["check/fp16_sdpa_compiled"]) < 1e-5 and m["compiled/kernels"] > 0 and m["compiled/seconds"] > 0
+
+
+def test_prompts_and_encoding_are_not_compiled():
+    task = latency.Latency(**options(compile="default"))
+    assert set(task._parts(vectors(), 1, 64, 1, 0.0)) == {"step", "fp16_sdpa"}
+
+
+@pytest.mark.parametrize("changes,held", [({"compile": "reduce-overhead"}, {}), ({"compile": "default"}, {"attention": "reference"})], ids=str)
+def test_what_cannot_be_compiled_is_refused(changes, held):
+    with pytest.raises(Refusal, match="task.compile"):
+        records(vectors(**held), **changes)
+
+
+def test_a_compiled_step_with_other_logits_is_not_timed(monkeypatch):
+    right = compiled.Step._run
+    monkeypatch.setattr(compiled.Step, "_run", lambda self, *inputs: 1.1 * right(self, *inputs))
+    _, (record,) = records(vectors(), context=[64], batch=[2], compile="default")
+    assert all("compiled step's logits differ" in record["reasons"][side] for side in ("step", "fp16_sdpa")) and "step_ms" not in record["metrics"]
 
 
 def test_a_wrong_kernel_is_not_timed(monkeypatch):
