@@ -232,8 +232,8 @@ def test_a_sweep_without_a_plan_does_not_pass_for_done(tmp_path, monkeypatch, ca
     GlobalHydra.instance().clear()
     monkeypatch.setattr(sys, "argv", ["run.py", "-m", *CELL, "quant=fp16", *folders(tmp_path)])
     with pytest.warns(UserWarning, match="Plan.on_multirun_start raised"):
-        assert entry.main() == 1
-    assert "error: " in capsys.readouterr().err
+        assert entry.main() == 2
+    assert "sweeps/test cannot be written" in capsys.readouterr().err
 
 
 def test_two_processes_share_one_cell_and_one_of_them_writes_its_rows(tmp_path):
