@@ -23,7 +23,7 @@ COLORS = {
 LABELS = {
     "fp16": "fp16", "fp8": "FP8", "int8": "INT8", "int4": "INT4", "km": "KM", "gskm": "GSKM", "gsrq": "GSRQ", "tq_mse": "TQ-MSE",
     "blockgtq": "Block-GTQ", "blockgtq_plus": "Block-GTQ+ (ours)", "kivi": "KIVI (window 128)", "kivi_scale_only": "KIVI-ScaleOnly", "vqllm": "VQLLM", "cq": "CQ", "zero": "zero",
-    "gsrq_plus": "GSRQ+ (ours)", "gsrq_fp8": "GSRQ, 8-bit codebooks (ours)", "blockgtq_tiles": "Block-GTQ, whole tiles (ours)",
+    "gsrq_plus": "GSRQ+ (ours)", "gsrq_fp8": "GSRQ, 8-bit codebooks (ours)", "blockgtq_tiles": "Block-GTQ tiles (ours)",
 }  # fmt: skip
 MARKERS = "osD^vP*Xph<>d"
 
