@@ -13,7 +13,7 @@ from kernels import backend, rvq
 
 PIECES = (16, 32, 64, 128, 256)  # channels of a piece that the kernel serves
 ENTRIES = 256
-TILES = ((129, 32, 8), (9, 16, 8), (1, 8, 8))
+TILES = ((129, 32, 4), (9, 16, 4), (1, 8, 8))
 """From how many sequences on: sequences and warps of a program."""
 DEPTH = 5
 DEPTHS = {65536: 4, 131072: 2}
@@ -76,7 +76,7 @@ def _launch(held: Sequence[Tensor], tokens: Sequence[Tensor], books: Sequence[Bo
     for pair in ((0, 1),) if alike else ((0, 0), (1, 1)):  # what differs in shape takes a launch of its own
         (k, v), (kc, vc), (kx, vx) = ([of[i] for i in pair] for of in (books, held, tokens))
         pieces, stages, entries, width = k.tables.shape
-        rows = rows if width < PIECES[-1] else 8  # more would spill
+        rows, warps = (rows, warps) if width < PIECES[-1] else (8, 8)  # more would spill
         turned = turn is not None and pair[0] == 0
         cos, sin, gain = turn if turned else (at, at, 1.0)
         append_token[-(-batch // rows), pieces, len(set(pair))](

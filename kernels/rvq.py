@@ -8,8 +8,6 @@ from kernels.kmeans import nearest, product
 
 SCORES = 2**20  # partial sums times entries that a beam holds at once on a CPU; a GPU gets 64 times as many
 
-SEARCH = "torch"  # a beam on CUDA tensors: torch or triton; triton has not run on a GPU yet (kernels/NOTES.md)
-
 
 def encode(x: Tensor, codebooks: Tensor, beam: int = 1) -> Tensor:
     """Codes [G, N, R] (integers) of x [G, N, D] under codebooks [G, R, K, D]; distances in float32.
@@ -22,9 +20,9 @@ def encode(x: Tensor, codebooks: Tensor, beam: int = 1) -> Tensor:
             from kernels import rvq_triton
 
             return rvq_triton.encode(x, codebooks)
-        if SEARCH == "triton" and beam <= 8 and codebooks.shape[2] <= 256:
-            from kernels import rvq_beam_triton
+        from kernels import rvq_beam_triton
 
+        if rvq_beam_triton.serves(codebooks, beam):
             return rvq_beam_triton.encode(x, codebooks, beam)
     if beam == 1:
         return _greedy(x.float(), codebooks)

@@ -13,7 +13,12 @@ from torch import Tensor
 from kernels.rvq import bias_of
 
 ROWS = 64  # partial sums of a tile; with 256 entries their scores take 64 registers of each of 256 threads
-ENTRIES = 256  # more do not fit beside each other
+ENTRIES, BEAM, PIECE = 256, 8, 128  # more do not fit beside each other
+
+
+def serves(codebooks: Tensor, beam: int) -> bool:
+    """Whether a beam of this width over codebooks [G, R, K, D] fits; torch takes wider ones."""
+    return beam <= BEAM and codebooks.shape[2] <= ENTRIES and codebooks.shape[3] <= PIECE
 
 
 @triton.jit

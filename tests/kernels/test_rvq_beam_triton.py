@@ -29,3 +29,8 @@ def test_strides_do_not_matter():
     x, codebooks = problem(2, 30, 2, 16, 16)
     apart = x.transpose(1, 2).contiguous().transpose(1, 2)
     assert torch.equal(search.encode(apart, codebooks, 4), search.encode(x, codebooks, 4))
+
+
+@pytest.mark.parametrize("beam, entries, piece, served", [(8, 256, 128, True), (9, 256, 128, False), (4, 512, 128, False), (4, 256, 256, False)])
+def test_what_does_not_fit_is_left_to_torch(beam, entries, piece, served):
+    assert search.serves(torch.zeros(1, 1, entries, piece, dtype=torch.float16), beam) is served
