@@ -53,7 +53,7 @@ class QuantizedCache(Cache):
     codecs: one (key codec, value codec) pair per decoder layer. `prefill="quantized"` lets the prompt see reconstructed keys and
     values, its own included; `"exact"` attends in full precision while more than one query arrives (KIVI's protocol) and stores codes.
     attention: `"reference"` reconstructs and calls SDPA; `"fused"` reads packed codes with the pair's kernel when one query arrives (a
-    chunk as well, where the kernel serves chunks) and raises Refusal where there is none; `"auto"` is the reference until the kernels have passed their tests on a GPU.
+    chunk as well, where the kernel serves chunks) and raises Refusal where there is none; `"auto"` is the reference, so that a score does not depend on the machine.
     """
 
     def __init__(self, config, codecs, rope=None, *, sink: int = 0, window: int = 0, prefill: str = "quantized", memo: bool = True, attention: str = "reference"):
