@@ -4,6 +4,7 @@ write them to their runs.
 Column `kind` tells them apart: kernel, decode attention of one layer; memory, steps at equal memory; part, anything else that was timed; step, whole steps.
 """
 
+import json
 from pathlib import Path
 
 import pandas as pd
@@ -46,7 +47,7 @@ MISSING = "No whole step has been timed on a GPU yet: `python run.py -m experime
 
 
 def steps(results: Path, vector: bool) -> pd.DataFrame:
-    """One row per run and example of TASKS that ran as a graph, metrics as columns (`MEASURES`); NaN where a part failed. `kind` is step."""
+    """One row per example of TASKS that ran as a graph, metrics as columns (`MEASURES`), of several runs the newest; NaN where a part failed. `kind` is step."""
     path = Path(results) / "latency"
     frame = committed.load(path, task=TASKS) if path.is_dir() else pd.DataFrame()
     if frame.empty:
@@ -58,7 +59,9 @@ def steps(results: Path, vector: bool) -> pd.DataFrame:
     )
     wide = wide.dropna(how="all").reindex(columns=list(MEASURES)).rename(columns=MEASURES).reset_index()
     runs = frame.drop_duplicates("run")
+    asked = dict(zip(runs["run"], runs["options"].map(lambda options: json.dumps([options["model"], options["quant"]], sort_keys=True))))
     wide = wide.join(wide["subset"].str.extract(STEP)).assign(compiled=wide["run"].map(dict(zip(runs["run"], committed.option(runs, "task.compile")))))
+    wide = wide.sort_values("date").groupby([wide["run"].map(asked), "compiled", "subset"], dropna=False, sort=False).last().reset_index(["compiled", "subset"])
     return wide[wide["how"] == "graph"].assign(kind="step").sort_values(["model", "quant", "bits", "compiled", "tokens", "batch"], na_position="first", ignore_index=True)
 
 

@@ -170,7 +170,7 @@ def test_wrong_shape_and_missing_fit(make, calibration):
 
 
 def test_defaults_match_the_configuration():
-    """The YAML lists every option with the constructor's default, so that both ways of building a codec agree."""
+    """The YAML lists the paper's options with the constructor's defaults, so that both ways of building a codec agree."""
     yaml = pytest.importorskip("yaml")
     for name in ("tq_mse", "blockgtq"):
         config = yaml.safe_load((Path(__file__).parents[2] / f"conf/quant/{name}.yaml").read_text())
@@ -180,4 +180,4 @@ def test_defaults_match_the_configuration():
             options = {k: v for k, v in config[part].items() if k not in ("_target_", "_partial_", "bits")}
             defaults = {k: p.default for k, p in inspect.signature(codec).parameters.items() if k not in ("bits", "seed")}
             assert options == {k: defaults[k] for k in options}
-            assert part == "value" or options.keys() == defaults.keys()
+            assert part == "value" or options.keys() == defaults.keys() - {"tile"}  # ours
