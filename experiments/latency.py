@@ -61,7 +61,8 @@ def steps(results: Path, vector: bool) -> pd.DataFrame:
     runs = frame.drop_duplicates("run")
     asked = dict(zip(runs["run"], runs["options"].map(lambda options: json.dumps([options["model"], options["quant"]], sort_keys=True))))
     wide = wide.join(wide["subset"].str.extract(STEP)).assign(compiled=wide["run"].map(dict(zip(runs["run"], committed.option(runs, "task.compile")))))
-    wide = wide.sort_values("date").groupby([wide["run"].map(asked), "compiled", "subset"], dropna=False, sort=False).last().reset_index(["compiled", "subset"])
+    cell = ["model", "quant", "bits", "compiled", "subset", "device"]
+    wide = wide.sort_values("date").groupby([wide["run"].map(asked), *cell], dropna=False, sort=False).last().reset_index(cell)
     return wide[wide["how"] == "graph"].assign(kind="step").sort_values(["model", "quant", "bits", "compiled", "tokens", "batch"], na_position="first", ignore_index=True)
 
 

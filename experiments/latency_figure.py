@@ -8,11 +8,15 @@ import pandas as pd
 from experiments import style
 from experiments.latency import EXACT
 
-ASIDE = r"int4|blockgtq_tiles_k2v2|rebuild.*|codes shared.*|codes 1 bit d8|codes .*d64|codes 0.75 bit d32|codes after RoPE .*d128"
+ASIDE = r"int4|blockgtq_tiles_k2v2|flashinfer fp16|rebuild.*|codes shared.*|codes 1 bit d8|codes .*d64|codes 0.75 bit d32|codes after RoPE .*d128"
 """Methods that the table has and the figure leaves out, so that its lines can be told apart."""
 KNOWN = {"sdpa": "fp16", "fp16": "fp16", "tq": "tq_mse", "blockgtq_tiles": "blockgtq_tiles", "blockgtq": "blockgtq", "int4": "int4", "fp8": "fp8", "codes": "gsrq",
          "flashinfer fp16": "fp16", "flashinfer fp8": "fp8"}  # fmt: skip
 """How a method of the benchmarks begins, to its name in style; the first that fits."""
+FEW = 7
+"""Methods whose names fit beside their lines; more stand in a legend."""
+TUNED = ("", "default")
+"""How compiled steps that the figure shows were compiled; others are in the table."""
 LINES = {"k2v2": "--", "cudnn": "--", "0.75 bit": "--", "after RoPE": ":", "d32": "-.", "flashinfer": ":"}
 """Line style by the first of these words that a method has; else solid."""
 
@@ -46,11 +50,13 @@ def draw(rows: pd.DataFrame):
     last of them, and tokens per second at equal memory where measured. Below, for whole steps: milliseconds, one panel per model, speed and peak memory."""
     shown = rows[(rows["kind"] != "kernel") | (rows["batch"] == 1) & rows["fastest"].eq(True) & ~rows["method"].astype(str).str.fullmatch(ASIDE)]
     part, memory, whole = (shown[shown["kind"] == kind] for kind in ("kernel", "memory", "step"))
+    whole = whole[whole["compiled"].fillna("").isin(TUNED)] if len(whole) else whole
+    named = part["method"].nunique() <= FEW
     shapes, models = sorted(part.groupby(["heads", "kv"]).groups), list(whole.groupby(["model", whole["compiled"].fillna("")]).groups) if len(whole) else []
-    across = max(len(shapes) + 1 + bool(len(memory)), len(models) + 2 + bool(len(_equal(whole))) if models else 0)
+    across = max(len(shapes) + 1 + bool(len(memory)) + (not named), len(models) + 2 + bool(len(_equal(whole))) if models else 0)
     figure, grid = plt.subplots(1 + bool(models), across, figsize=(style.PAGE, 4.6 if models else 2.4), squeeze=False)
     for axis, (heads, kv) in zip(grid[0], shapes):
-        _times(axis, part[(part["heads"] == heads) & (part["kv"] == kv)], named=(heads, kv) == shapes[-1])
+        _times(axis, part[(part["heads"] == heads) & (part["kv"] == kv)], named=named and (heads, kv) == shapes[-1])
         axis.set_title(f"{heads:g}/{kv:g} heads" + (", 8-bit codebooks" if part["provider"].str.contains("fp8 tables").any() else ""))
     grid[0][0].set_ylabel("attention of one layer (\u00b5s)")
     _speeds(grid[0][len(shapes)], part[(part["heads"] == shapes[-1][0]) & (part["kv"] == shapes[-1][1])])
@@ -62,9 +68,13 @@ def draw(rows: pd.DataFrame):
         best = best[~fp16 | (best["per_second"] == best.loc[fp16, "per_second"].max())]
         texts = ["fp16" if m.startswith(EXACT) else label(m) for m in best["method"]]
         _bars(grid[0][len(shapes) + 1], texts, best["per_second"], best["batch"], [style.color(known(m)) for m in best["method"]])
+    if not named:
+        handles = {line.get_label(): line for line in grid[0][0].containers}
+        grid[0][-1].legend(handles.values(), handles, loc="center left", frameon=False, fontsize=6.5, handlelength=2.6)
+        grid[0][-1].set_axis_off()
     if models:
-        _steps(grid[1], whole, models)
-    for axis in grid.flat:
+        _steps(grid[1], whole, models, named)
+    for axis in grid.flat if named else [axis for axis in grid.flat if axis is not grid[0][-1]]:
         if not axis.has_data():
             axis.remove()
     return figure
@@ -83,7 +93,8 @@ def _times(axis, part: pd.DataFrame, named: bool) -> None:
         cells = cells.sort_values("tokens")
         bars = [cells["median"] - cells["p5"], cells["p95"] - cells["median"]]
         name = known(method)
-        axis.errorbar(cells["tokens"], cells["median"], bars, color=style.color(name), linestyle=line(method), marker=style.marker(name), markersize=3, capsize=1.5)
+        look = {"color": style.color(name), "linestyle": line(method), "marker": style.marker(name), "markersize": 3, "capsize": 1.5}
+        axis.errorbar(cells["tokens"], cells["median"], bars, label=label(method), **look)
         ends.append((float(cells["median"].iloc[-1]), label(method), style.color(name)))
     style.plain_log(axis, "y", 10)
     _tokens(axis)
@@ -132,7 +143,7 @@ def _called(quant: str, bits: float, piece: float, many: bool) -> str:
     return f"{style.label(quant)} {style.bits(bits)}" + (f", D = {piece:g}" if many else "")
 
 
-def _steps(axes, whole: pd.DataFrame, models: list[tuple[str, str]]) -> None:
+def _steps(axes, whole: pd.DataFrame, models: list[tuple[str, str]], named: bool) -> None:
     """Milliseconds of one sequence's step by model, once more (open markers) where it was compiled, speed against the fastest fp16, peak memory, and tokens
     per second at equal memory."""
     one, equal = whole[whole["memory"] == "b1"].dropna(subset=["median"]), _equal(whole)
@@ -141,12 +152,12 @@ def _steps(axes, whole: pd.DataFrame, models: list[tuple[str, str]]) -> None:
         here, ends = one[(one["model"] == model) & (one["compiled"].fillna("") == compiled)], []
         for at, ((quant, bits, piece), cells) in enumerate(here.groupby(groups, dropna=False)):
             many = cells["quant"].iloc[0] in set(here.loc[here["piece"] != piece, "quant"]) and piece == piece
-            look = {"color": style.color(quant), "marker": style.marker(quant), "markersize": 3, "linestyle": styles[at % 4]}
+            look = {"color": style.color(quant), "marker": style.marker(quant), "markersize": 3, "linestyle": styles[at % 4] if named else "-"}
             look |= {"markerfacecolor": "white"} if compiled else {}
             axis.errorbar(cells["tokens"], cells["median"], [cells["median"] - cells["p5"], cells["p95"] - cells["median"]], capsize=1.5, **look)
             axes[len(models)].plot(cells["tokens"], cells["speed"], **look)
             axes[len(models) + 1].plot(cells["tokens"], cells["peak"] / 1e9, **look)
-            if len(cells) == 1:  # a lone point is named where it lies
+            if len(cells) == 1 and named:  # a lone point is named where it lies
                 at_end = {"xytext": (-4, 0), "textcoords": "offset points", "ha": "right", "va": "center", "fontsize": 6.5}
                 axis.annotate(_called(quant, bits, piece, many), (cells["tokens"].iloc[0], cells["median"].iloc[0]), color=style.color(quant), **at_end)
                 continue
@@ -159,7 +170,8 @@ def _steps(axes, whole: pd.DataFrame, models: list[tuple[str, str]]) -> None:
         axes[len(models) + 1].plot(plain.index, plain, color=style.color("fp16"))
         style.plain_log(axis, "y", 10)
         _tokens(axis)
-        style.name_ends(axis, ends)
+        if named:
+            style.name_ends(axis, ends)
         axis.set_title("shape of " + SHAPES.get(model, model) + (", compiled" if compiled else ""))
     axes[0].set_ylabel("whole step, one sequence (ms)")
     _unity(axes[len(models)])

@@ -23,14 +23,14 @@ def folder(tmp_path):
     return tmp_path
 
 
-def write(folder, quant, bits, examples, how="graph kernels", model="random_llama31_8b", compiled=None):
+def write(folder, quant, bits, examples, how="graph kernels", model="random_llama31_8b", compiled=None, hour=0):
     """One run; examples: subset without `how` to metrics."""
-    run = results.run_id({"quant": quant, "bits": bits, "how": how, "model": model, "compiled": compiled})
+    run = results.run_id({"quant": quant, "bits": bits, "how": how, "model": model, "compiled": compiled, "hour": hour})
     task, given = ("latency_compiled", {"compile": compiled}) if compiled else ("latency", {})
-    options = {"model": {"name": model}, "task": {"how": how, **given}, "calib": {}, "prefill": "quantized", "seed": 0, "quant": {"key": {"piece": 128, "bits": bits}}}
+    options = {"model": {"name": model}, "task": {"how": how, "box": hour, **given}, "calib": {}, "prefill": "quantized", "seed": 0, "quant": {"key": {"piece": 128, "bits": bits}}}
     common = {"run": run, "model": model, "quant": quant, "task": task, "data": "synthetic", "calib": "text", "bits": bits, "bits_stored": bits, "bits_total": bits,
               "encoded_tokens": 10, "stderr": 0.0, "n": 1, "seed": 0, "config": json.dumps(options), "commit": "c", "dirty": False,
-              "date": "2026-11-30T00:00:00Z", "device": "a GPU", "torch": "", "transformers": ""}  # fmt: skip
+              "date": f"2026-11-30T{hour:02}:00:00Z", "device": "a GPU", "torch": "", "transformers": ""}  # fmt: skip
     rows = [{**common, "subset": f"{subset} {how}", "metric": name, "value": value} for subset, metrics in examples.items() for name, value in metrics.items()]
     results.write(rows, folder / "latency" / "runs" / f"{run}.parquet")
 
@@ -62,6 +62,15 @@ def test_steps_are_drawn_and_go_to_their_own_paper(folder):
         text = module.table(rows).markdown()
         assert "Whole steps in one CUDA graph, milliseconds" in text and "a GPU, 2026-11-30" in text and all(word in text for word in words)
         assert "has been timed on a GPU yet" not in text and len({axis.get_subplotspec().rowspan.start for axis in module.draw(rows).axes}) == 2
+
+
+def test_of_several_runs_of_a_cell_the_newest_number_counts(folder):
+    write(folder, "blockgtq", 3.0, {"b1 t8192": example(1, 8192, 3.0, 3.5, prefill_ms=90.0)}, model="random_qwen25_3b", hour=2)
+    write(folder, "blockgtq", 3.0, {"b1 t8192": example(1, 8192, 2.0, 3.25)}, model="random_qwen25_3b", hour=7)
+    write(folder, "tq_mse", 3.0, {"b1 t8192": example(1, 8192, 1.5, 3.0)}, model="random_qwen25_3b", hour=5)
+    found = latency.steps(folder, vector=False).set_index("quant")
+    assert found["median"].to_dict() == {"blockgtq": 2.0, "tq_mse": 1.5} and found.at["blockgtq", "flash"] == 3.25
+    assert found.at["blockgtq", "prefill"] == 90.0, "what the newer run did not measure stays"
 
 
 def test_compiled_steps_stand_beside_the_others(folder):
